@@ -1,0 +1,88 @@
+"""Writes one teacher's attention for the students' training views and the clean evaluation images."""
+
+from typing import get_args
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from attention_transfer import plan, stage
+from attention_transfer.assembly import CachedSet, Parts
+from attention_transfer.evaluation.predictions import BATCH
+from attention_transfer.files import sha256, write_json
+from attention_transfer.training import machine
+from attention_transfer.transfer.attention_source import teacher_attention
+from attention_transfer.transfer.cache import CacheWriter
+
+
+def main(this: stage.Stage) -> None:
+    name, study = this.instance["teacher"], this.study
+    parts = Parts(study, this.layout, machine.prepare())
+    sets: list[CachedSet] = []
+    if study.attention.source == "cache":
+        plan.check_room(study, this.layout, this.params_file)
+        sets = [which for which in get_args(CachedSet) if which != "test" or "test" in study.evaluation.sets]
+
+    def work() -> dict[str, float]:
+        caches = {which: write(parts, name, which) for which in sets}
+        manifest = {which: cache["fingerprint"] for which, cache in caches.items()}
+        write_json(this.layout.cache_manifest(name), manifest)
+        return {f"{which}_megabytes": cache["megabytes"] for which, cache in caches.items()}
+
+    this.run(
+        params={
+            "attention": study.attention.model_dump(mode="json"),
+            "views": study.views.model_dump(mode="json"),
+            "training.precision": study.training.precision,
+            "evaluation.sets": list(study.evaluation.sets),
+            "data.seed": study.data.seed,
+        },
+        inputs={
+            "teacher": sha256(this.layout.teacher_weights(name)),
+            "images": parts.description.fingerprint,
+            "labelled": sha256(this.layout.splits / "labelled.txt"),
+            "validation": sha256(this.layout.splits / "validation.txt"),
+        },
+        work=work,
+    )
+
+
+def write(parts: Parts, name: str, which: CachedSet) -> dict[str, object]:
+    """Writes one set, from the shards that are there and verify."""
+    study = parts.study
+    architecture = study.teachers[name].architecture
+    layout = plan.cache_layout(architecture, study.data, study.attention.dtype)
+    keys, teacher = parts.cache_keys(which), parts.teacher(name)
+    if which == "views":
+        examples = parts.split("labelled")
+        render_view = parts.renderer(examples, study.views)
+    else:
+        clean = parts.clean(parts.evaluated(which)[0].images)
+    folder = parts.layout.cache(name) / which
+    layers = tuple(range(architecture.depth))
+    with CacheWriter(folder, layout=layout, recipe=parts.cache_recipe(name, which), keys=keys) as writer:
+        for piece in tqdm(list(writer.pending()), desc=f"cache {name} {which}", unit="shard", mininterval=5):
+            for start in range(piece.start, piece.stop, BATCH):
+                rows = np.arange(start, min(start + BATCH, piece.stop))
+                # Key rows run view by view: a batch may touch two views.
+                images = (
+                    torch.cat(
+                        [
+                            render_view(rows[keys[rows, 1] == view] % len(examples), int(view))
+                            for view in np.unique(keys[rows, 1])
+                        ]
+                    )
+                    if which == "views"
+                    else clean(rows)
+                )
+                with torch.autocast(
+                    parts.device.type, torch.bfloat16, enabled=study.training.precision == "bfloat16"
+                ):
+                    attention = teacher_attention(teacher, images, layers)
+                writer.write(attention.cpu())
+    stored = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    return {"fingerprint": sha256(folder / "manifest.json"), "megabytes": round(stored / 1e6, 3)}
+
+
+if __name__ == "__main__":
+    stage.main("cache", main, __file__, teacher=str)

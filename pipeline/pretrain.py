@@ -1,0 +1,123 @@
+"""Obtains one teacher: pre-trains it here, or takes the weights that the user brings."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import torch
+
+from attention_transfer import config, stage
+from attention_transfer.assembly import Parts
+from attention_transfer.files import sha256, write_text
+from attention_transfer.models import vit
+from attention_transfer.models.masked_autoencoder import MaskedAutoencoder
+from attention_transfer.training import machine
+from attention_transfer.training.checkpoint import Checkpoint
+from attention_transfer.training.loop import fit
+from attention_transfer.training.tasks import PretrainingTask
+
+CURVE = ["epoch", "step", "reconstruction_loss", "learning_rate"]
+
+
+def main(this: stage.Stage) -> None:
+    name = this.instance["teacher"]
+    teacher = this.study.teachers[name]
+    parts = Parts(this.study, this.layout, machine.prepare())
+    inputs = {
+        "images": parts.description.fingerprint,
+        "pretrain": sha256(this.layout.splits / "pretrain.txt"),
+    }
+    if isinstance(teacher, config.FromFile):
+        inputs["file"] = sha256(Path(teacher.path)) if Path(teacher.path).is_file() else "missing"
+
+    def work() -> dict[str, float]:
+        arguments = parts.teacher_arguments(name)
+        rows: list[dict[str, float]] = []  # a teacher that is not trained here has a curve without rows
+        metrics: dict[str, float] = {}
+        match teacher:
+            case config.MaskedAutoencoder():
+                model, rows, metrics = masked_autoencoder(this, parts, teacher, arguments)
+            case config.Untrained():
+                model = vit.create(arguments, seed=teacher.seed)
+            case config.FromFile():
+                model = from_file(this, teacher, arguments)
+        curve = pd.DataFrame(rows).rename(columns={"total": "reconstruction_loss"}).reindex(columns=CURVE)
+        write_text(this.record / "curve.csv", curve.to_csv(index=False))
+        vit.save(this.layout.teacher(name), model, arguments)
+        return metrics | {"parameters": sum(weight.numel() for weight in model.parameters())}
+
+    this.run(
+        params={
+            f"teachers.{name}": teacher.model_dump(mode="json"),
+            "training": this.study.training.model_dump(mode="json", include={"precision", "clip_norm"}),
+            "data.seed": this.study.data.seed,
+        },
+        inputs=inputs,
+        work=work,
+    )
+
+
+def masked_autoencoder(
+    this: stage.Stage, parts: Parts, teacher: config.MaskedAutoencoder, arguments: dict[str, object]
+) -> tuple[torch.nn.Module, list[dict[str, float]], dict[str, float]]:
+    """Pre-trains on the training images without labels, validation left out."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(teacher.seed)
+        model = MaskedAutoencoder(
+            vit.create(arguments, seed=teacher.seed),
+            decoder_width=teacher.decoder.width,
+            decoder_depth=teacher.decoder.depth,
+            decoder_heads=teacher.decoder.heads,
+            mask_ratio=teacher.mask_ratio,
+        ).to(parts.device)
+    examples = parts.split("pretrain")
+    crops = SimpleNamespace(crop_scale=teacher.crop_scale, crop_ratio=(3 / 4, 4 / 3), flip=0.5, erase=0.0)
+    task = PretrainingTask(
+        model,
+        count=len(examples),
+        render=parts.renderer(examples, crops),
+        batch_size=teacher.batch_size,
+        seed=teacher.seed,
+        device=parts.device,
+        bfloat16=this.study.training.precision == "bfloat16",
+    )
+    _, history = fit(
+        task,
+        teacher,
+        seed=teacher.seed,
+        clip_norm=this.study.training.clip_norm,
+        validate_every=teacher.epochs,
+        checkpoint=Checkpoint(this.checkpoints()),
+        sink=this.tracker,
+        label=this.label,
+        where=this.where(f"teachers.{this.instance['teacher']}"),
+    )
+    final = history.rows[-1]["total"]
+    return (
+        model.encoder,
+        history.rows,
+        {
+            "reconstruction_loss": final,
+            "steps": history.steps,
+            "epochs": teacher.epochs,
+        },
+    )
+
+
+def from_file(this: stage.Stage, teacher: config.FromFile, arguments: dict[str, object]) -> torch.nn.Module:
+    """Takes an encoder that the user brings; a head in the file is left out, as students have their own."""
+    where = this.where(f"teachers.{this.instance['teacher']}.path")
+    weights = vit.load_weights(
+        Path(teacher.path), made_by=f"correct the path in {where}, or convert the file"
+    )
+    model = vit.create(arguments, seed=0)
+    fresh = {key: value for key, value in model.state_dict().items() if key.startswith("fc_norm.")}
+    encoder = {
+        key: value for key, value in weights.items() if not key.startswith(("head.", "fc_norm.", "norm."))
+    }
+    vit.insert(model, {**encoder, **fresh}, where=Path(teacher.path))
+    return model
+
+
+if __name__ == "__main__":
+    stage.main("pretrain", main, __file__, teacher=str)

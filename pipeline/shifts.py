@@ -1,0 +1,46 @@
+"""Makes the shifted test images, each once, and the images of another data set."""
+
+import hashlib
+
+import numpy as np
+
+from attention_transfer import stage
+from attention_transfer.data import images, shifted
+from attention_transfer.files import write_json
+from attention_transfer.provenance import code_fingerprint
+
+
+def main(this: stage.Stage) -> None:
+    study, layout = this.study, this.layout
+    description = images.describe(layout.images)
+    evaluation = study.evaluation
+
+    def work() -> dict[str, float]:
+        test = images.load(layout.images, "test")
+        indices = shifted.subset(test.labels, evaluation.shift_images, study.data.seed)
+        recipe = {
+            "images": description.fingerprint,
+            "indices": hashlib.sha256(np.ascontiguousarray(indices).tobytes()).hexdigest(),
+            "seed": study.data.seed,
+            "code": code_fingerprint(this.script),
+        }
+        wanted = shifted.wanted(evaluation, study.data)
+        manifest = shifted.make(layout.shifts, wanted, test, indices, recipe)
+        write_json(layout.shifts / shifted.MANIFEST, manifest)
+        return {"sets": len(wanted), "images_a_shift": len(indices)}
+
+    this.run(
+        params={
+            "evaluation.sets": list(evaluation.sets),
+            "evaluation.shifts": list(evaluation.shifts),
+            "evaluation.severities": list(evaluation.severities),
+            "evaluation.shift_images": evaluation.shift_images,
+            "data.seed": study.data.seed,
+        },
+        inputs={"images": description.fingerprint},
+        work=work,
+    )
+
+
+if __name__ == "__main__":
+    stage.main("shifts", main, __file__)

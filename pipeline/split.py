@@ -1,0 +1,24 @@
+"""Draws the labelled, validation and pre-training images."""
+
+from attention_transfer import stage
+from attention_transfer.data import images, splits
+
+
+def main(this: stage.Stage) -> None:
+    data = this.study.data
+    description = images.describe(this.layout.images)
+
+    def work() -> dict[str, float]:
+        drawn = splits.draw(images.load(this.layout.images, "train").labels, data)
+        splits.save(this.layout.splits, drawn)
+        return {name: len(indices) for name, indices in drawn.items()}
+
+    this.run(
+        params={f"data.{key}": getattr(data, key) for key in ("labelled", "validation", "seed")},
+        inputs={"images": description.fingerprint},
+        work=work,
+    )
+
+
+if __name__ == "__main__":
+    stage.main("split", main, __file__)

@@ -1,0 +1,135 @@
+"""Puts the rooms together for the stages: a study's images, views, teachers and caches, by its layout."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from timm.models import VisionTransformer
+from torch import Tensor
+
+from attention_transfer.config import Study
+from attention_transfer.data import images, shifted, splits, views
+from attention_transfer.files import sha256
+from attention_transfer.layout import Layout
+from attention_transfer.models import vit
+from attention_transfer.transfer.attention_source import AttentionSource, CachedAttention, OnlineAttention
+from attention_transfer.transfer.cache import CacheReader
+
+CachedSet = Literal["views", "validation", "test"]
+"""What a teacher's cache holds: training views of the labelled images, and two sets of clean images."""
+
+
+class Parts:
+    """The parts of one study, loaded when they are first asked for."""
+
+    def __init__(self, study: Study, layout: Layout, device: torch.device) -> None:
+        self.study, self.layout, self.device = study, layout, device
+
+    @functools.cached_property
+    def description(self) -> images.Description:
+        return images.describe(self.layout.images)
+
+    @functools.cached_property
+    def train(self) -> images.ImageSet:
+        return images.load(self.layout.images, "train")
+
+    @functools.cached_property
+    def test(self) -> images.ImageSet:
+        return images.load(self.layout.images, "test")
+
+    def split(self, name: str) -> np.ndarray:
+        """Numbers of a split's images in the training images."""
+        return splits.load(self.layout.splits, name)
+
+    def view_recipe(self, params: views.ViewParams) -> views.ViewRecipe:
+        description = self.description
+        return views.ViewRecipe.of(
+            params,
+            dataset=description.fingerprint,
+            seed=self.study.data.seed,
+            mean=description.mean,
+            std=description.std,
+        )
+
+    def renderer(self, examples: np.ndarray, params: views.ViewParams) -> Callable[[np.ndarray, int], Tensor]:
+        """Gives normalised views of the training images with these numbers, by row and view number."""
+        recipe, pixels = self.view_recipe(params), self.train.images[examples]
+        return lambda rows, view: views.render(recipe, pixels[rows], examples[rows], view).to(self.device)
+
+    def clean(self, pixels: np.ndarray) -> Callable[[np.ndarray], Tensor]:
+        """Gives normalised images, without augmentation, by row."""
+        recipe = self.view_recipe(self.study.views)
+        return lambda rows: views.normalise(recipe, pixels[rows]).to(self.device)
+
+    def evaluated(self, name: str) -> tuple[images.ImageSet, np.ndarray]:
+        """An image set to predict on, and its images' numbers: validation, test, or a shifted set."""
+        if name == "validation":
+            indices = self.split("validation")
+            return images.ImageSet(self.train.images[indices], self.train.labels[indices]), indices
+        if name == "test":
+            return self.test, np.arange(len(self.test))
+        return shifted.load(self.layout.shifts, name)
+
+    @functools.cached_property
+    def classes(self) -> int:
+        return len(self.description.classes)
+
+    def student_arguments(self, teacher: str) -> dict[str, Any]:
+        """Arguments of timm's VisionTransformer for a student of a teacher's architecture."""
+        return self._arguments(teacher, self.classes)
+
+    def teacher_arguments(self, teacher: str) -> dict[str, Any]:
+        return self._arguments(teacher, 0)
+
+    def _arguments(self, teacher: str, classes: int) -> dict[str, Any]:
+        data = self.study.data
+        return vit.model_arguments(
+            self.study.teachers[teacher].architecture,
+            image_size=data.image_size,
+            channels=data.channels,
+            classes=classes,
+        )
+
+    def teacher(self, name: str) -> VisionTransformer:
+        """The frozen teacher, in eval mode."""
+        teacher = vit.load(self.layout.teacher(name), made_by=f"pretrain@{name}")
+        return teacher.requires_grad_(False).to(self.device)
+
+    def cache_keys(self, which: CachedSet) -> np.ndarray:
+        """Keys of a cached set's rows: int64 (rows, 2), example and view."""
+        if which == "views":
+            labelled = self.split("labelled")
+            numbers = np.arange(self.study.views.per_image)
+            # View by view, so that an epoch, which shows one view of each image, reads one stretch of a shard.
+            return np.stack([np.tile(labelled, len(numbers)), np.repeat(numbers, len(labelled))], axis=1)
+        _, examples = self.evaluated(which)
+        return np.stack([examples, np.full(len(examples), views.CLEAN)], axis=1)
+
+    def cache_recipe(self, teacher: str, which: CachedSet) -> dict[str, Any]:
+        """Everything that a cached row depends on."""
+        views_recipe = self.view_recipe(self.study.views)
+        recipe: dict[str, Any] = {
+            "teacher": sha256(self.layout.teacher_weights(teacher)),
+            "dataset": self.description.fingerprint,
+            "set": which,
+            "keys": hashlib.sha256(np.ascontiguousarray(self.cache_keys(which)).tobytes()).hexdigest(),
+            "dtype": self.study.attention.dtype,
+            "precision": self.study.training.precision,
+        }
+        if which == "views":
+            return {**recipe, "views": asdict(views_recipe)}
+        return {**recipe, "mean": list(views_recipe.mean), "std": list(views_recipe.std)}
+
+    def attention(self, run: str, which: CachedSet | None) -> AttentionSource:
+        """Where a run gets its teacher's attention for a set; None for a set that is never cached."""
+        teacher, layers = self.study.runs[run].teacher, self.study.layers(run)
+        if which is not None and self.study.attention.source == "cache":
+            folder = self.layout.cache(teacher) / which
+            return CachedAttention(CacheReader(folder, expect=self.cache_recipe(teacher, which)), layers)
+        return OnlineAttention(self.teacher(teacher), layers, self.study.attention.dtype)

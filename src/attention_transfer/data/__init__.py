@@ -1,0 +1,1 @@
+"""Images, splits, training views and distribution shifts."""

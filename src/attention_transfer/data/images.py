@@ -1,0 +1,108 @@
+"""Image sets as arrays on disk: uint8 (examples, channels, height, width) beside int64 labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from attention_transfer.errors import StudyError
+from attention_transfer.files import atomic, fingerprint, read_json, write_json
+
+DESCRIPTION = "dataset.json"
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """One split, in memory.
+
+    Attributes:
+        images: uint8 (examples, channels, size, size).
+        labels: int64 (examples,).
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Description:
+    """dataset.json: what the arrays hold.
+
+    Attributes:
+        classes: names, in order of their labels.
+        mean, std: of the training images, per channel, pixels scaled to 0..1.
+        checksums: xxh3 of each array's bytes, by file name.
+    """
+
+    source: str
+    classes: list[str]
+    mean: list[float]
+    std: list[float]
+    checksums: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint(self.checksums)
+
+
+def save(folder: Path, source: str, classes: list[str], splits: dict[str, ImageSet]) -> Description:
+    """Writes the splits, then the description: a folder without it is unfinished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    checksums = {}
+    for split, images in splits.items():
+        for part, array in (("images", images.images), ("labels", images.labels)):
+            file = f"{split}_{part}.npy"
+            with atomic(folder / file) as temporary, temporary.open("wb") as stream:
+                np.save(stream, np.ascontiguousarray(array))
+            checksums[file] = _checksum(array)
+    train = splits["train"].images
+    # Per channel over 10,000 evenly spaced images: the statistics of a large set, in one pass of memory.
+    sample = train[:: max(1, len(train) // 10_000)].astype(np.float64) / 255
+    description = Description(
+        source=source,
+        classes=classes,
+        mean=[round(float(value), 6) for value in sample.mean(axis=(0, 2, 3))],
+        std=[round(float(value), 6) for value in sample.std(axis=(0, 2, 3))],
+        checksums=checksums,
+    )
+    write_json(folder / DESCRIPTION, description.__dict__)
+    return description
+
+
+def describe(folder: Path) -> Description:
+    """Reads dataset.json."""
+    return Description(**read_json(folder / DESCRIPTION, made_by="data"))
+
+
+def load(folder: Path, split: str) -> ImageSet:
+    """Loads one split and checks every byte of it.
+
+    Raises:
+        StudyError: a file is missing, truncated or changed.
+    """
+    checksums = describe(folder).checksums
+    images, labels = (_load(folder / f"{split}_{part}.npy", checksums) for part in ("images", "labels"))
+    return ImageSet(images, labels)
+
+
+def _load(path: Path, checksums: dict[str, str]) -> np.ndarray:
+    remedy = "make it anew: dvc repro --force data"
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise StudyError(f"cannot be read: {error}", where=str(path), remedy=remedy) from error
+    if _checksum(array) != checksums.get(path.name):
+        raise StudyError("is damaged: its checksum is not the recorded one", where=str(path), remedy=remedy)
+    return array
+
+
+def _checksum(array: np.ndarray) -> str:
+    digest = xxhash.xxh3_64(str((array.dtype.str, array.shape)).encode())
+    digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

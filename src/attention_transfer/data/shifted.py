@@ -1,0 +1,142 @@
+"""The shifted image sets of a study on disk: made once, checksummed, kept while their recipe holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from sklearn.model_selection import train_test_split
+
+from attention_transfer.config import Data, Evaluation
+from attention_transfer.data import shifts
+from attention_transfer.data.images import ImageSet
+from attention_transfer.errors import StudyError
+from attention_transfer.files import atomic, fingerprint, read_json
+
+MANIFEST = "manifest.json"
+CONTACT_SHEET = "contact_sheet.npz"
+DIGITS = "digits"
+
+
+def name(shift: str, severity: int) -> str:
+    """File and set name of a shift at a severity."""
+    return f"{shift}-{severity}"
+
+
+def wanted(evaluation: Evaluation, data: Data) -> dict[str, dict[str, Any]]:
+    """Every set that the study evaluates on beside its own splits, with what it is made from."""
+    sets: dict[str, dict[str, Any]] = {}
+    if "shifts" in evaluation.sets:
+        for shift in evaluation.shifts:
+            for severity in evaluation.severities:
+                sets[name(shift, severity)] = {"shift": shift, "severity": severity}
+    if DIGITS in evaluation.sets:
+        sets[DIGITS] = {"image_size": data.image_size, "channels": data.channels}
+    return sets
+
+
+def subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """The same test images for each shift, stratified: sorted int64 indices (count,)."""
+    if count > len(labels):
+        raise StudyError(
+            f"{count} images are more than the {len(labels)} test images",
+            where="evaluation.shift_images",
+            remedy=f"set it to {len(labels)} or fewer",
+        )
+    if count == len(labels):
+        return np.arange(count)
+    chosen, _ = train_test_split(np.arange(len(labels)), train_size=count, stratify=labels, random_state=seed)
+    return np.sort(chosen)
+
+
+def make(
+    folder: Path, sets: dict[str, dict[str, Any]], test: ImageSet, indices: np.ndarray, recipe: dict[str, Any]
+) -> dict[str, Any]:
+    """Writes every set that is not there yet, removes those that are no longer wanted.
+
+    Returns:
+        The manifest: by set name its fingerprint and the checksum of its images.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    before = _manifest(folder)
+    manifest: dict[str, Any] = {}
+    for set_name, what in sets.items():
+        made_from = fingerprint({**recipe, **what})
+        entry = before.get(set_name)
+        if (
+            entry is None
+            or entry["fingerprint"] != made_from
+            or _checksum(folder, set_name) != entry["checksum"]
+        ):
+            images, labels, examples = _render(what, test, indices, recipe["seed"])
+            with atomic(folder / f"{set_name}.npz") as temporary, temporary.open("wb") as file:
+                np.savez(file, images=images, labels=labels, examples=examples)
+            entry = {"fingerprint": made_from, "checksum": _checksum(folder, set_name)}
+        manifest[set_name] = entry
+    _contact_sheet(folder, sets, test, indices, recipe["seed"])
+    keep = {f"{set_name}.npz" for set_name in sets} | {MANIFEST, CONTACT_SHEET}
+    for path in folder.iterdir():
+        if path.name not in keep:
+            path.unlink()
+    return manifest
+
+
+def _render(
+    what: dict[str, Any], test: ImageSet, indices: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if "shift" in what:
+        images = shifts.corrupt(test.images[indices], what["shift"], what["severity"], seed=seed)
+        return images, test.labels[indices], indices
+    images, labels = shifts.digits(what["image_size"], what["channels"])
+    return images, labels, np.arange(len(labels))
+
+
+def _contact_sheet(
+    folder: Path, sets: dict[str, dict[str, Any]], test: ImageSet, indices: np.ndarray, seed: int
+) -> None:
+    names = list(dict.fromkeys(what["shift"] for what in sets.values() if "shift" in what))
+    severities = sorted({what["severity"] for what in sets.values() if "shift" in what})
+    if names:
+        sheet = shifts.contact_sheet(test.images[indices[0]], names, severities, seed)
+        with atomic(folder / CONTACT_SHEET) as temporary, temporary.open("wb") as file:
+            np.savez(file, sheet=sheet, names=np.array(["clean", *names]), severities=np.array(severities))
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The last manifest; empty if there is none, and then every set is made."""
+    path = folder / MANIFEST
+    return read_json(path, made_by="shifts") if path.exists() else {}
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """By set name, fingerprint and checksum.
+
+    Raises:
+        StudyError: it is missing or damaged.
+    """
+    return read_json(folder / MANIFEST, made_by="shifts")
+
+
+def load(folder: Path, set_name: str) -> tuple[ImageSet, np.ndarray]:
+    """Images with labels, and the images' numbers in the test split (or in the other data set).
+
+    Raises:
+        StudyError: the file is missing or is not the one in the manifest.
+    """
+    path = folder / f"{set_name}.npz"
+    entry = manifest(folder).get(set_name)
+    if entry is None or _checksum(folder, set_name) != entry["checksum"]:
+        raise StudyError(
+            "is missing or damaged: its checksum is not the recorded one",
+            where=str(path),
+            remedy="make it anew: dvc repro --force shifts",
+        )
+    with np.load(path, allow_pickle=False) as arrays:
+        return ImageSet(arrays["images"], arrays["labels"]), arrays["examples"]
+
+
+def _checksum(folder: Path, set_name: str) -> str | None:
+    path = folder / f"{set_name}.npz"
+    return xxhash.xxh3_64_hexdigest(path.read_bytes()) if path.exists() else None

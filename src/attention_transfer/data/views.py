@@ -1,0 +1,159 @@
+"""Training views: the k-th view of image i is a pure function of (data set, i, k, seed).
+
+Nothing else enters: not the run, the batch, the order or the process. So a teacher's attention for a
+view can be stored and shared, and a resumed run sees the same images. The random numbers are a hash
+of a counter (SplitMix64; Steele, Lea & Flood 2014), which gives a whole batch at once without a
+generator per image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CLEAN = -1
+"""The number that stands for the image itself, without augmentation."""
+
+_ERASED_AREA = (0.02, 0.33)  # share of the image; Zhong et al. 2020, the defaults of torchvision and timm
+_ERASED_RATIO = (0.3, 3.3)
+
+
+class ViewParams(Protocol):
+    """What of params.yaml's `views` a single view depends on."""
+
+    @property
+    def crop_scale(self) -> tuple[float, float]: ...
+    @property
+    def crop_ratio(self) -> tuple[float, float]: ...
+    @property
+    def flip(self) -> float: ...
+    @property
+    def erase(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class ViewRecipe:
+    """Everything that decides a view's pixels, beside the image.
+
+    Attributes:
+        key: hash of data set and seed, the root of all random numbers.
+        mean, std: per channel, of pixels scaled to 0..1.
+    """
+
+    key: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip: float
+    erase: float
+
+    @classmethod
+    def of(
+        cls, params: ViewParams, *, dataset: str, seed: int, mean: list[float], std: list[float]
+    ) -> ViewRecipe:
+        """The recipe for a data set's fingerprint and the study's seed."""
+        digest = hashlib.sha256(f"views/{dataset}/{seed}".encode()).digest()
+        return cls(
+            key=int.from_bytes(digest[:8], "little"),
+            mean=tuple(mean),
+            std=tuple(std),
+            crop_scale=params.crop_scale,
+            crop_ratio=params.crop_ratio,
+            flip=params.flip,
+            erase=params.erase,
+        )
+
+
+def uniforms(key: int, examples: np.ndarray, views: np.ndarray | int, count: int) -> np.ndarray:
+    """`count` numbers in [0, 1) for each (example, view): float32 (batch, count)."""
+    with np.errstate(over="ignore"):
+        state = _mix(np.uint64(key) + _mix(np.asarray(examples).astype(np.uint64)))
+        state = _mix(state ^ _mix(np.asarray(views).astype(np.uint64) + np.uint64(0x5851F42D4C957F2D)))
+        counters = state[:, None] + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return (_mix(counters) >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+
+
+def _mix(value: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser: each input bit changes each output bit with probability 1/2."""
+    with np.errstate(over="ignore"):
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+def render(recipe: ViewRecipe, images: np.ndarray, examples: np.ndarray, views: np.ndarray | int) -> Tensor:
+    """Renders views.
+
+    Args:
+        images: uint8 (batch, channels, size, size).
+        examples: int64 (batch,), the images' numbers in their data set.
+        views: view numbers, one or (batch,); all `CLEAN` for the images themselves.
+
+    Returns:
+        float32 (batch, channels, size, size), normalised. Row b depends on images[b], examples[b] and
+        views[b] alone, to the bit.
+    """
+    pixels = normalise(recipe, images)
+    views = np.broadcast_to(np.asarray(views, np.int64), examples.shape)
+    if np.all(views == CLEAN):
+        return pixels
+    if np.any(views < 0):
+        raise ValueError("clean and augmented views cannot be rendered in one batch")
+    random = torch.from_numpy(uniforms(recipe.key, examples, views, 10))
+    pixels = _crop_and_flip(recipe, pixels, random[:, :5])
+    return _erase(recipe, pixels, random[:, 5:]) if recipe.erase > 0 else pixels
+
+
+def normalise(recipe: ViewRecipe, images: np.ndarray) -> Tensor:
+    """uint8 pixels to float32 with zero mean and unit deviation over the training images."""
+    shape = (1, -1, 1, 1)
+    mean = torch.tensor(recipe.mean).view(shape) * 255
+    std = torch.tensor(recipe.std).view(shape) * 255
+    return (torch.from_numpy(np.ascontiguousarray(images)).float() - mean) / std
+
+
+def _crop_and_flip(recipe: ViewRecipe, pixels: Tensor, random: Tensor) -> Tensor:
+    """Random resized crop and horizontal flip as one bilinear resampling, reflected at the border."""
+    area, ratio, across, down, flip = random.unbind(1)
+    area = recipe.crop_scale[0] + area * (recipe.crop_scale[1] - recipe.crop_scale[0])
+    low, high = np.log(recipe.crop_ratio)
+    ratio = torch.exp(low + ratio * (high - low))
+    # Sides as shares of the image, at most the whole of it, as in Szegedy et al. 2015.
+    width = (area * ratio).sqrt().clamp(max=1)
+    height = (area / ratio).sqrt().clamp(max=1)
+    mirror = torch.where(flip < recipe.flip, -1.0, 1.0)
+    zero = torch.zeros_like(width)
+    matrix = torch.stack(
+        [
+            torch.stack([width * mirror, zero, (2 * across - 1) * (1 - width)], dim=1),
+            torch.stack([zero, height, (2 * down - 1) * (1 - height)], dim=1),
+        ],
+        dim=1,
+    )
+    grid = F.affine_grid(matrix, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+
+
+def _erase(recipe: ViewRecipe, pixels: Tensor, random: Tensor) -> Tensor:
+    """Random erasing: with probability `erase` one rectangle becomes the mean colour, which is 0 here."""
+    happens, area, ratio, across, down = random.unbind(1)
+    low, high = _ERASED_AREA
+    area = low + area * (high - low)
+    low, high = np.log(_ERASED_RATIO)
+    ratio = torch.exp(low + ratio * (high - low))
+    width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
+    centres = (torch.arange(pixels.shape[-1]) + 0.5) / pixels.shape[-1]
+
+    def inside(start: Tensor, length: Tensor) -> Tensor:
+        return (centres >= start[:, None]) & (centres < (start + length)[:, None])
+
+    columns, rows = inside(across * (1 - width), width), inside(down * (1 - height), height)
+    erased = rows[:, :, None] & columns[:, None, :] & (happens < recipe.erase)[:, None, None]
+    return pixels.masked_fill(erased[:, None], 0.0)

@@ -1,0 +1,17 @@
+"""The one exception for problems that the user can mend."""
+
+from __future__ import annotations
+
+
+class StudyError(Exception):
+    """Something that the user can mend: printed as one message, without a traceback.
+
+    Args:
+        problem: what is wrong, with the value that was found.
+        where: file, and key or row in it.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, problem: str, *, where: str, remedy: str) -> None:
+        self.problem, self.where, self.remedy = problem, where, remedy
+        super().__init__(f"{where}: {problem}\n  What to do: {remedy}")

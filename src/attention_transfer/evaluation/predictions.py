@@ -1,0 +1,106 @@
+"""Predictions, not scores: per-example logits on disk, from which every metric is computed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from attention_transfer.errors import StudyError
+from attention_transfer.files import atomic
+
+BATCH = 500  # images a pass: large enough to keep a core busy, small enough for any memory
+
+Predict = Callable[[np.ndarray], Tensor]
+"""Rows of an image set to their logits, (rows, classes)."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Logits of one model on one image set.
+
+    Attributes:
+        logits: float32 (examples, classes).
+        labels: int64 (examples,).
+        examples: int64 (examples,), the images' numbers in their set.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    examples: Tensor
+
+    @property
+    def correct(self) -> Tensor:
+        """bool (examples,): whether the largest logit is the label's."""
+        return self.logits.argmax(dim=1) == self.labels
+
+
+@torch.inference_mode()
+def predict_all(predict: Predict, count: int) -> Tensor:
+    """Logits of all rows of a set, every one once: float32 (count, classes), on the CPU."""
+    parts = [predict(np.arange(start, min(start + BATCH, count))) for start in range(0, count, BATCH)]
+    return torch.cat([part.float().cpu() for part in parts])
+
+
+def save(path: Path, predictions: Predictions, fingerprint: str) -> None:
+    """Writes logits, labels and example numbers, with a checksum and the fingerprint of what made them."""
+    tensors = vars(predictions)
+    metadata = {"fingerprint": fingerprint, "checksum": _checksum(tensors)}
+    with atomic(path) as temporary:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
+
+
+def load(path: Path, *, made_by: str) -> Predictions:
+    """Reads and checks what `save` wrote.
+
+    Raises:
+        StudyError: missing or damaged.
+    """
+    try:
+        tensors = load_file(path)
+        checksum = _metadata(path)["checksum"]
+    except FileNotFoundError as error:
+        raise StudyError("does not exist", where=str(path), remedy=f"dvc repro {made_by}") from error
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise _damaged(path, str(error), made_by) from error
+    if _checksum(tensors) != checksum:
+        raise _damaged(path, "its checksum is not the recorded one", made_by)
+    return Predictions(**tensors)
+
+
+def matches(path: Path, fingerprint: str) -> bool:
+    """Whether the file is whole and of this fingerprint, so that it need not be computed again."""
+    try:
+        return _metadata(path)["fingerprint"] == fingerprint and bool(load(path, made_by="predict"))
+    except (StudyError, FileNotFoundError, SafetensorError, OSError, KeyError, ValueError):
+        return False
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = xxhash.xxh3_64(
+        json.dumps({name: list(tensors[name].shape) for name in sorted(tensors)}).encode()
+    )
+    for name in sorted(tensors):
+        digest.update(tensors[name].contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _damaged(path: Path, problem: str, made_by: str) -> StudyError:
+    return StudyError(
+        f"is damaged: {problem}",
+        where=str(path),
+        remedy=f"delete this file and run: dvc repro --force {made_by}",
+    )

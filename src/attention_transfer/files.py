@@ -1,0 +1,81 @@
+"""Files that are whole or absent: atomic writes, checksums and fingerprints."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from attention_transfer.errors import StudyError
+
+TEMPORARY = ".tmp-"  # prefix of unfinished files; nothing reads a file of this name
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Gives a temporary path beside `path`, which takes its place only when the block has succeeded.
+
+    The content is fsynced before the rename and the folder after it, so that after a crash the
+    file is the old one or the new one, whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise StudyError(
+            f"cannot be written: {error.strerror or error}",
+            where=str(path),
+            remedy="free disk room, or make the folder writable, and start again: finished work is kept",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` atomically as UTF-8."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` atomically as JSON that reads well in a diff. NaN is refused."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, *, made_by: str) -> Any:
+    """Reads a JSON file; `made_by` names the stage that writes it, for the error message."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise StudyError(
+            "does not exist", where=str(path), remedy=f"run the stage that writes it: dvc repro {made_by}"
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StudyError(
+            f"is damaged: {error}", where=str(path), remedy=f"make it anew: dvc repro --force {made_by}"
+        ) from error
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """A short hash of a JSON-like value, equal for equal values on every machine."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Vision Transformers from timm, teachers, and reading and replacing attention."""

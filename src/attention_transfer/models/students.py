@@ -1,0 +1,59 @@
+"""Students: the teacher's architecture, initialised as the method asks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from timm.models import VisionTransformer
+
+from attention_transfer.files import read_json, write_json
+from attention_transfer.models import vit
+from attention_transfer.models.attention import slim
+
+COPIED = "copied_layers"  # key of config.json: layers that hold no query and key weights
+
+
+def create(
+    arguments: dict[str, Any],
+    *,
+    seed: int,
+    drop_path: float,
+    teacher: VisionTransformer | None,
+    copied_layers: tuple[int, ...],
+) -> VisionTransformer:
+    """A student before its first step.
+
+    Args:
+        arguments: of timm's VisionTransformer, with the task's number of classes.
+        seed: of the initial weights; a fine-tuned student draws its head (and LayerNorm) from it.
+        teacher: whose weights are the initialisation (fine-tune, linear probe), if any.
+        copied_layers: layers that will be handed the teacher's attention at every pass.
+    """
+    student = vit.create(arguments, seed=seed, drop_path=drop_path)
+    if teacher is not None:
+        # The pre-trained model has no head, and its last norm was not pre-trained: both start anew.
+        fresh = {k: v for k, v in student.state_dict().items() if k.startswith(("head.", "fc_norm."))}
+        student.load_state_dict({**teacher.state_dict(), **fresh})
+    slim(student, copied_layers)
+    return student
+
+
+def save(
+    folder: Path, student: VisionTransformer, arguments: dict[str, Any], copied_layers: tuple[int, ...]
+) -> None:
+    """As vit.save; a student that copies no layer is an ordinary timm model."""
+    vit.save(folder, student, arguments)
+    if copied_layers:
+        config = read_json(folder / vit.CONFIG, made_by="train")
+        write_json(folder / vit.CONFIG, {**config, COPIED: list(copied_layers)})
+
+
+def load(folder: Path, *, made_by: str) -> VisionTransformer:
+    """The student that `save` wrote, in eval mode."""
+    config = read_json(folder / vit.CONFIG, made_by=made_by)
+    student = VisionTransformer(**vit.read_arguments(folder, made_by=made_by))
+    slim(student, config.get(COPIED, ()))
+    remedy = f"make it anew: dvc repro --force {made_by}"
+    vit.insert(student, vit.load_weights(folder / vit.WEIGHTS, made_by=remedy), where=folder / vit.WEIGHTS)
+    return student.eval()

@@ -1,0 +1,1 @@
+"""Records to tables, figures, claims and the report page; never imports torch."""

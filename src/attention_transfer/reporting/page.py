@@ -1,0 +1,198 @@
+"""The report: one self-contained HTML page, the same as Markdown, tables, figures, claims."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from attention_transfer.config import Report, Study
+from attention_transfer.errors import StudyError
+from attention_transfer.files import write_json, write_text
+from attention_transfer.reporting import claims, figures, tables
+from attention_transfer.reporting.claims import Claim
+from attention_transfer.reporting.figures import Drawing
+from attention_transfer.reporting.records import Records, load
+from attention_transfer.reporting.tables import Table
+
+SECTIONS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
+    ("main", "Main comparison", ("main",), ("main",)),
+    ("learning", "Learning curves", ("learning_curves",), ("training",)),
+    ("ensembles", "Ensembles", ("ensembles", "ensemble_matrix"), ("ensembles",)),
+    ("shifts", "Distribution shift", ("shift_severity", "contact_sheet"), ("shifts",)),
+    ("metrics", "Calibration and other measures", (), ("metrics", "ood")),
+    ("maps", "Where the models look", ("attention_maps",), ()),
+    ("comparisons", "Paired comparisons", (), ("comparisons",)),
+    ("recipes", "Recipes and time", (), ("recipes", "time")),
+)
+"""Anchor, heading, figures and tables of each section; what a study does not have is left out."""
+EXPERIMENTS = {"main": "Main comparison", "ensemble": "Ensembles", "shift": "Distribution shift"}
+
+
+def build(study: Study, metrics: Path, artifacts: Path, out: Path) -> None:
+    """Writes the report of a study.
+
+    Args:
+        metrics: the study's folder of records, metrics/<study>.
+        artifacts: its folder of large outputs, runs/<study>; read are the attention maps and the contact sheet.
+        out: written are report.html, report.md, claims.json, tables/ and figures/; tables and figures of an
+            earlier report that this one does not have are removed.
+
+    Raises:
+        StudyError: the study has no report section or does not predict on the test set, or a record is missing
+            or damaged.
+    """
+    report = study.report
+    if report is None:
+        raise StudyError(
+            "the study has no report section",
+            where=f"study {study.name}: report",
+            remedy="name the runs of the main comparison under report, or leave the stage report out",
+        )
+    if "test" not in study.evaluation.sets:
+        raise StudyError(
+            f"{list(study.evaluation.sets)} does not name test, on which the report compares the runs",
+            where=f"study {study.name}: evaluation.sets",
+            remedy="add test, or set report to null",
+        )
+    records = load(study, metrics)
+    judged, untested = claims.judge(records, report)
+    all_tables = tables.build(records, report)
+    drawings = figures.build(records, report, artifacts)
+    _remove_stale(out)
+    tables.write(all_tables, out / "tables")
+    figures.write(drawings, out / "figures")
+    write_json(out / "claims.json", [claim.as_json() for claim in judged])
+    context = _context(records, report, judged, untested, all_tables)
+    inline = {drawing.name: _data_uri(drawing, out / "figures") for drawing in drawings}
+    captions = {drawing.name: drawing.caption for drawing in drawings}
+    html = _environment(html=True).get_template("report.html.j2")
+    write_text(out / "report.html", html.render(context, images=inline, captions=captions))
+    text = _environment(html=False).get_template("report.md.j2")
+    write_text(out / "report.md", text.render(context, images=inline.keys(), captions=captions))
+
+
+def _remove_stale(out: Path) -> None:
+    for folder, ends in (("tables", (".csv", ".md")), ("figures", (".png", ".svg"))):
+        if (out / folder).is_dir():
+            for path in (out / folder).iterdir():
+                if path.suffix in ends:
+                    path.unlink()
+
+
+def _environment(*, html: bool) -> Environment:
+    """Both escape every value: HTML by Jinja's own escaping, Markdown by ours."""
+    environment = Environment(
+        loader=PackageLoader("attention_transfer.reporting"),
+        autoescape=html,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=None if html else _escape_markdown,
+    )
+    environment.filters["markdown"] = lambda table: Markup(tables.markdown(table))
+    return environment
+
+
+def _escape_markdown(value: Any) -> str:
+    return str(value) if isinstance(value, Markup) else tables.escape(value)
+
+
+def _data_uri(drawing: Drawing, folder: Path) -> str:
+    form, kind = ("png", "png") if drawing.raster else ("svg", "svg+xml")
+    content = (folder / f"{drawing.name}.{form}").read_bytes()
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _context(
+    records: Records,
+    report: Report,
+    judged: list[Claim],
+    untested: dict[str, str],
+    all_tables: Sequence[Table],
+) -> dict[str, Any]:
+    """Everything that a template may print."""
+    study = records.study
+    by_name = {table.name: table for table in all_tables}
+    return {
+        "study": study,
+        "report": report,
+        "sections": SECTIONS,
+        "tables": by_name,
+        "claims": [_claim_row(claim) for claim in judged],
+        "untested": [
+            {"experiment": EXPERIMENTS[name.split("/")[0]], "claim": claims.CLAIMS[name], "reason": reason}
+            for name, reason in untested.items()
+        ],
+        "rules": [claim for claim in claims.RULES if claim not in untested],
+        "rule_texts": claims.RULES,
+        "unbounded": _unbounded(records, report),
+        "published_on": tables.PUBLISHED_ON,
+        "level": tables.level(records),
+        "single_seed": len(study.seeds) == 1,
+        "distilling": [
+            {
+                "run": name,
+                "reduction": run.attention_loss.reduction,
+                "weight": f"{run.attention_loss.weight:g}",
+            }
+            for name, run in study.runs.items()
+            if run.attention_loss is not None
+        ],
+        "transferring": [
+            {"run": name, "teacher": run.teacher, "layers": ", ".join(map(str, study.layers(name)))}
+            for name, run in study.runs.items()
+            if run.layers is not None
+        ],
+        "averaged": [name for name, run in study.runs.items() if run.ema is not None],
+        "test_examples": _test_examples(records),
+    } | _provenance(records)
+
+
+def _claim_row(claim: Claim) -> dict[str, str]:
+    unit = "% of the gap" if claim.id == "main/copy" else "points"
+    return {
+        "id": claim.id,
+        "experiment": EXPERIMENTS[claim.experiment],
+        "claim": claim.claim,
+        "published": claim.published,
+        "measured": f"{tables.per_cent(claim.effect)} {unit}",
+        "seeds": str(claim.effect.n),
+        "verdict": claim.verdict,
+        "kind": claim.verdict.replace(" ", "-"),
+        "note": claim.note,
+    }
+
+
+def _unbounded(records: Records, report: Report) -> list[str]:
+    """Runs whose gap recovered has an interval without end."""
+    return [run for run in records.study.runs if math.isinf(tables.run_gap(records, report, run).low)]
+
+
+def _test_examples(records: Records) -> str:
+    examples = records.scores.xs("test", level="set")["examples"].unique()
+    return ", ".join(f"{int(count):,}" for count in sorted(examples))
+
+
+def _provenance(records: Records) -> dict[str, list[str]]:
+    """Revisions, versions and machines of all stages, each different one once."""
+    revisions, versions, machines = {}, {}, {}
+    for record in records.provenance:
+        dirty = " with uncommitted changes" if record["git_dirty"] else ""
+        revisions[f"{record['git_revision']}{dirty}"] = None
+        versions[_listing(record["versions"])] = None
+        machines[_listing(record["machine"])] = None
+    return {"revisions": list(revisions), "versions": list(versions), "machines": list(machines)}
+
+
+def _listing(values: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()
+    )

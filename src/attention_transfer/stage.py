@@ -1,0 +1,204 @@
+"""What every script in pipeline/ shares: arguments, the checked study, records, tracking, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from attention_transfer import config, provenance, tracking
+from attention_transfer.errors import StudyError
+from attention_transfer.files import fingerprint, write_json, write_text
+from attention_transfer.layout import Layout
+
+DONE = "done"  # in a checkpoint's folder: the stage has written all of its outputs
+
+
+@dataclass
+class Stage:
+    """One stage at work.
+
+    Attributes:
+        name: of the stage family, such as `train`.
+        instance: what tells this instance from the others, such as run and seed.
+        study: the whole params.yaml, checked.
+        params: the part of it that this stage's result depends on, resolved.
+    """
+
+    name: str
+    instance: dict[str, Any]
+    study: config.Study
+    params_file: Path
+    script: Path
+    layout: Layout
+    started: float = field(default_factory=time.time)
+    tracker: Any = None
+    params: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def record(self) -> Path:
+        """Folder of run.json, metrics.json and curve.csv."""
+        return self.layout.record(self.name, *self.instance.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything that decides this stage's result: params, inputs and code."""
+        return fingerprint(
+            [self.name, self.instance, self.params, self.inputs, provenance.code_fingerprint(self.script)]
+        )
+
+    def checkpoints(self) -> Path:
+        """Folder for checkpoints of this very computation: another fingerprint has another folder."""
+        root = Path(os.environ.get("DVC_ROOT", "."))
+        return root / ".ckpt" / self.study.name / f"{self.label}-{self.fingerprint}"
+
+    @property
+    def label(self) -> str:
+        return "-".join([self.name, *map(str, self.instance.values())])
+
+    def where(self, key: str) -> str:
+        """A key of params.yaml, for error messages."""
+        return f"{self.params_file}: {key}"
+
+    def run(
+        self, *, params: Mapping[str, Any], inputs: Mapping[str, str], work: Callable[[], Mapping[str, float]]
+    ) -> None:
+        """Does the stage's work under tracking, then writes its records, run.json last.
+
+        Args:
+            params: by dotted name in params.yaml, everything that changes the result.
+            inputs: hashes of what the stage reads, by name.
+            work: does it, and returns the stage's metrics.
+        """
+        self.params, self.inputs = dict(params), dict(inputs)
+        kept = self.checkpoints() / "mlflow_run_id"
+        resumed = kept.read_text().strip() if kept.exists() else None
+        with tracking.start(
+            study=self.study.name,
+            stage=self.name,
+            name=self.label,
+            params=self.params,
+            fingerprint=self.fingerprint,
+            seed=self.instance.get("seed"),
+            run=self.instance.get("run"),
+            inputs=self.inputs,
+            resume_run_id=resumed,
+            root=Path(),
+        ) as self.tracker:
+            if self.tracker.run_id:
+                write_text(kept, self.tracker.run_id)
+            metrics = work()
+            write_json(self.record / "metrics.json", dict(metrics))
+            self.tracker.log_metrics({k: v for k, v in metrics.items() if v is not None}, step=0)
+            self.write_run()
+            for file in ("run.json", "curve.csv"):
+                if (path := self.record / file).exists():
+                    self.tracker.log_artifact(path)
+        write_text(self.checkpoints() / DONE, str(self.record / "run.json"))
+
+    def write_run(self) -> None:
+        """run.json: how this result came about. Only the report and `sync` read it."""
+        write_json(
+            self.record / "run.json",
+            {
+                "stage": self.name,
+                "study": self.study.name,
+                **self.instance,
+                "fingerprint": self.fingerprint,
+                "params": _nested(self.params),
+                "inputs": self.inputs,
+                **provenance.git_state(),
+                "versions": provenance.versions(),
+                "machine": provenance.machine(),
+                "started": datetime.datetime.fromtimestamp(self.started, datetime.UTC).isoformat(
+                    timespec="seconds"
+                ),
+                "seconds": round(time.time() - self.started, 2),
+                "peak_memory_mb": provenance.peak_memory_mb(),
+            },
+        )
+
+
+def forget_checkpoints(study: str) -> None:
+    """Removes the checkpoints of stages whose outputs are in DVC's lock file, and no others.
+
+    A stage that was killed between its end and the lock file runs again: from its last checkpoint.
+    """
+    locks = [Path("dvc.lock"), Path("studies") / study / "dvc.lock"]
+    locked = "".join(lock.read_text() for lock in locks if lock.exists())
+    for done in (Path(os.environ.get("DVC_ROOT", ".")) / ".ckpt" / study).glob(f"*/{DONE}"):
+        record = Path(done.read_text())
+        if record.exists() and hashlib.md5(record.read_bytes()).hexdigest() in locked:
+            shutil.rmtree(done.parent, ignore_errors=True)
+
+
+def _nested(params: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in params.items():
+        *path, last = key.split(".")
+        node = tree
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return tree
+
+
+def main(name: str, work: Callable[[Stage], None], script: str, **arguments: type) -> None:
+    """Runs a stage from the command line and ends the process.
+
+    Args:
+        work: reads `stage.study` and calls `stage.run`.
+        script: the caller's `__file__`.
+        arguments: what tells instances apart, with their types: `run=str, seed=int`.
+    """
+    parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
+    parser.add_argument("--params", default="params.yaml", type=Path, help="the study (default: params.yaml)")
+    for argument, kind in arguments.items():
+        parser.add_argument(f"--{argument}", required=True, type=kind)
+    given = vars(parser.parse_args())
+    path = given.pop("params")
+    _die_with_parent()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        study = config.load(path)
+        _known(given, study, path)
+        forget_checkpoints(study.name)
+        work(Stage(name, given, study, path, Path(script), Layout(study.name)))
+    except StudyError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except MemoryError:
+        sys.exit(f"error: {name}: out of memory\n  What to do: lower batch_size in {path}")
+
+
+def _known(given: dict[str, Any], study: config.Study, path: Path) -> None:
+    """The instance that DVC asks for must be one of the study."""
+    for argument, names in (("run", study.runs), ("teacher", study.teachers), ("seed", study.seeds)):
+        if argument in given and given[argument] not in names:
+            raise StudyError(
+                f"has no {argument} {given[argument]!r}",
+                where=str(path),
+                remedy=f"known are {', '.join(map(str, names))}",
+            )
+
+
+def _die_with_parent() -> None:
+    """On Linux, a stage ends when the `dvc` that started it is killed: no orphan goes on writing."""
+    if sys.platform == "linux" and "DVC_STAGE" in os.environ:
+        import ctypes
+
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            sys.exit(1)

@@ -1,0 +1,11 @@
+"""The MLflow view of the study: the only importer of mlflow, which is loaded when a function needs it.
+
+The records under metrics/ are the truth. A run is shown live while it works (`start`), and `sync`
+imports from the records whatever the view lacks, so that the view can be lost at no cost.
+"""
+
+from attention_transfer.tracking.runs import Tracker, start
+from attention_transfer.tracking.sync import SyncReport, sync
+from attention_transfer.tracking.ui import serve
+
+__all__ = ["SyncReport", "Tracker", "serve", "start", "sync"]

@@ -1,0 +1,243 @@
+"""Makes the MLflow view whole from the records, which are the truth; a second time does nothing."""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from filelock import FileLock
+
+from attention_transfer import files
+from attention_transfer.errors import StudyError
+from attention_transfer.tracking.contents import (
+    flatten,
+    log_inputs,
+    log_params,
+    log_tags,
+    process_tags,
+    run_tags,
+)
+from attention_transfer.tracking.database import Store, address, connect, redacted, study_run
+from attention_transfer.tracking.runs import BATCH
+
+SAME_PROCESS_SECONDS = 5.0  # a corrected clock moves a process's start time; a reused id is much further off
+RECORDED = ("study", "stage", "run", "seed", "fingerprint")  # tags that say which record a run shows
+
+Key = tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What `sync` did.
+
+    Attributes:
+        imported: names of the runs that were missing.
+        present: how many records the store showed already.
+        killed: names of the runs found RUNNING without their process.
+        tagged: names of the runs that got tags which they lacked, of the lock file or the record.
+    """
+
+    imported: tuple[str, ...]
+    present: int
+    killed: tuple[str, ...]
+    tagged: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Record:
+    study: str
+    name: str
+    content: Mapping[str, Any]
+    points: Mapping[tuple[str, int], float]  # (metric, epoch) -> value
+    tags: Mapping[str, str]  # those that a live run does not know
+
+    @property
+    def key(self) -> Key:
+        values = {**self.content, "study": self.study}
+        return tuple(None if values.get(tag) is None else str(values[tag]) for tag in RECORDED)
+
+
+def sync(metrics: Path, root: Path, locks: Mapping[str, Path] | None = None) -> SyncReport:
+    """Imports every recorded run that the store does not show, and marks dead runs KILLED.
+
+    A record is shown by a run of the same study, stage, run, seed and fingerprint that is FINISHED, or
+    RUNNING in a living process. One that failed or was killed does not count.
+
+    Args:
+        metrics: folder of `<study>/**/run.json`, with metrics.json and curve.csv beside them.
+        root: repository; the default store lies in DVC_ROOT, or here. Paths in locks are relative to
+            it or to the lock file.
+        locks: dvc.lock of each study that has one; its hashes become tags `dvc.out.<path>`, `dvc.dep.<path>`.
+
+    Raises:
+        StudyError: a record is damaged, the store does not answer, or MLflow is not installed.
+    """
+    # Records first: a run that ends in between is then already in the store.
+    records = _read_records(metrics, root, locks or {})
+    try:
+        store = connect(root)
+        with FileLock(store.folder / ".mlflow.sync.lock", timeout=600):
+            return _sync(store, records)
+    except ImportError as error:
+        raise StudyError(
+            f"MLflow cannot be loaded: {error}",
+            where="sync",
+            remedy='install it: pip install "attention-transfer[study]"',
+        ) from error
+    except Exception as error:  # mlflow, SQLAlchemy and the network each raise their own
+        raise StudyError(
+            f"MLflow fails: {redacted(f'{type(error).__name__}: {error}')[:300]}",
+            where=redacted(address(root)),
+            remedy="start the server that MLFLOW_TRACKING_URI names, or unset that variable; where mlflow.db"
+            " itself is broken, delete it. Then sync again: nothing is lost and nothing is imported twice",
+        ) from error
+
+
+def _sync(store: Store, records: list[_Record]) -> SyncReport:
+    shown: dict[Key, Any] = {}
+    killed = []
+    for run in store.search("tags.kind = 'stage'"):
+        if run.info.status == "RUNNING" and _is_dead(run.data.tags):
+            store.client.set_terminated(run.info.run_id, "KILLED")
+            killed.append(run.info.run_name)
+        elif run.info.status in {"FINISHED", "RUNNING"}:
+            shown[tuple(run.data.tags.get(tag) for tag in RECORDED)] = run
+    imported, tagged = [], []
+    for record in records:
+        if (found := shown.get(record.key)) is None:
+            _import(store, record)
+            imported.append(record.name)
+        elif record.tags.items() - found.data.tags.items():
+            log_tags(store, found.info.run_id, record.tags)
+            tagged.append(record.name)
+    return SyncReport(tuple(imported), len(records) - len(imported), tuple(killed), tuple(tagged))
+
+
+def _is_dead(tags: Mapping[str, str]) -> bool:
+    """Whether the process that made a run has gone; False for another machine's, which cannot be seen."""
+    here = process_tags()
+    if not tags.keys() >= here.keys() or tags["process.host"] != here["process.host"]:
+        return False
+    try:
+        process = psutil.Process(int(tags["process.pid"]))
+        started = process.create_time()
+        gone = process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+    return gone or abs(started - float(tags["process.started"])) > SAME_PROCESS_SECONDS
+
+
+def _import(store: Store, record: _Record) -> None:
+    """Makes a FINISHED run; one cut short is RUNNING without a process, so the next sync makes it anew."""
+    from mlflow.entities import Metric  # noqa: PLC0415
+
+    content = record.content
+    begin = int(datetime.fromisoformat(content["started"]).timestamp() * 1000)
+    end = begin + int(content["seconds"] * 1000)
+    tags = {
+        **run_tags(
+            study=record.study,
+            stage=content["stage"],
+            fingerprint=content["fingerprint"],
+            run=content.get("run"),
+            seed=content.get("seed"),
+            git_revision=content["git_revision"],
+            git_dirty=content["git_dirty"],
+        ),
+        **record.tags,
+        **process_tags(),
+        "mlflow.parentRunId": study_run(store, record.study),
+        "imported": datetime.fromtimestamp(int(time.time())).isoformat(),
+    }
+    created = store.client.create_run(store.experiment, start_time=begin, run_name=record.name, tags=tags)
+    run_id = created.info.run_id
+    log_params(store, run_id, content["params"])
+    log_inputs(store, run_id, content.get("inputs", {}))
+    points = [Metric(name, value, end, epoch) for (name, epoch), value in record.points.items()]
+    for first in range(0, len(points), BATCH):
+        store.client.log_batch(run_id, metrics=points[first : first + BATCH])
+    store.client.set_terminated(run_id, "FINISHED", end_time=end)
+
+
+def _read_records(metrics: Path, root: Path, locks: Mapping[str, Path]) -> list[_Record]:
+    stages = {study: _read_lock(path, root) for study, path in locks.items()}
+    records = []
+    for path in sorted(metrics.glob("*/**/run.json")):
+        study, *place = path.parent.relative_to(metrics).parts
+        content = files.read_json(path, made_by=place[0] if place else "")
+        required = {"stage", "fingerprint", "params", "git_revision", "git_dirty", "started", "seconds"}
+        if missing := sorted(required - content.keys()):
+            raise StudyError(
+                f"lacks {', '.join(missing)}",
+                where=str(path),
+                remedy=f"make it anew: dvc repro --force {'@'.join(place[:1])}",
+            )
+        details = {
+            name: content[name] for name in ("versions", "machine", "peak_memory_mb") if name in content
+        }
+        tags = {**flatten(details), **_lock_tags(stages.get(study, {}), path.resolve())}
+        name = "-".join(place) or content["stage"]
+        records.append(_Record(study, name, content, _read_points(path.parent), tags))
+    return records
+
+
+def _read_points(folder: Path) -> dict[tuple[str, int], float]:
+    """The metrics of each epoch from curve.csv, and those of metrics.json at the last epoch."""
+    points: dict[tuple[str, int], float] = {}
+    curve, summary = folder / "curve.csv", folder / "metrics.json"
+    last = 0
+    if curve.exists():
+        try:
+            with curve.open(newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    last = int(row.pop("epoch"))
+                    row.pop("step", None)  # counts optimiser steps: a position, not a result
+                    points |= {(name, last): float(cell) for name, cell in row.items() if cell}
+        except (KeyError, ValueError, TypeError) as error:
+            raise StudyError(
+                f"is damaged: {error!r}",
+                where=str(curve),
+                remedy="make it anew: dvc repro --force of its stage",
+            ) from error
+    if summary.exists():
+        for name, text in flatten(files.read_json(summary, made_by="of its stage")).items():
+            try:
+                points[name, last] = float(text)
+            except ValueError:
+                continue  # a name or a list is no metric; the record keeps it
+    return points
+
+
+def _read_lock(lock: Path, root: Path) -> dict[Path, dict[str, str]]:
+    """Tags of the stage that makes each output of a dvc.lock."""
+    try:
+        stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        raise StudyError(
+            f"cannot be read: {error}", where=str(lock), remedy="restore it from git, or run dvc repro"
+        ) from error
+    tags = {}
+    for name, stage in stages.items():
+        own = {"dvc.stage": name}
+        for kind in ("dep", "out"):
+            own |= {
+                f"dvc.{kind}.{item['path']}": item["md5"]
+                for item in stage.get(f"{kind}s", ())
+                if "md5" in item
+            }
+        for item in stage.get("outs", ()):
+            for base in (root, lock.parent):
+                tags[(base / item["path"]).resolve()] = own
+    return tags
+
+
+def _lock_tags(stages: Mapping[Path, Mapping[str, str]], record: Path) -> Mapping[str, str]:
+    """The tags of the stage whose output is the record or a folder around it."""
+    return next((stages[path] for path in (record, *record.parents) if path in stages), {})

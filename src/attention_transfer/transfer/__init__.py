@@ -1,0 +1,1 @@
+"""Attention transfer: losses, one file per method, where the teacher's attention comes from."""
