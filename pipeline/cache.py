@@ -1,6 +1,6 @@
 """Writes one teacher's attention for the students' training views and the clean evaluation images."""
 
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ def main(this: stage.Stage) -> None:
         plan.check_room(study, this.layout, this.params_file)
         sets = [which for which in get_args(CachedSet) if which != "test" or "test" in study.evaluation.sets]
 
-    def work() -> dict[str, float]:
+    def work() -> dict[str, Any]:
         caches = {which: write(parts, name, which) for which in sets}
         manifest = {which: cache["fingerprint"] for which, cache in caches.items()}
         write_json(this.layout.cache_manifest(name), manifest)
@@ -44,10 +44,11 @@ def main(this: stage.Stage) -> None:
             "validation": sha256(this.layout.splits / "validation.txt"),
         },
         work=work,
+        live=True,
     )
 
 
-def write(parts: Parts, name: str, which: CachedSet) -> dict[str, object]:
+def write(parts: Parts, name: str, which: CachedSet) -> dict[str, Any]:
     """Writes one set, from the shards that are there and verify."""
     study = parts.study
     architecture = study.teachers[name].architecture

@@ -1,5 +1,7 @@
 """Obtains the images, checks them, and stores them as arrays."""
 
+from typing import Any
+
 from attention_transfer import plan, stage
 from attention_transfer.data import images, sources
 
@@ -9,13 +11,13 @@ def main(this: stage.Stage) -> None:
     data = this.study.data
     plan.check_room(this.study, this.layout, this.params_file)
 
-    def work() -> dict[str, float]:
+    def work() -> dict[str, Any]:
         classes, splits = sources.read(data)
         images.save(this.layout.images, data.source, classes, splits)
         return {f"{split}_images": len(part) for split, part in splits.items()} | {"classes": len(classes)}
 
     keys = ("source", "folder", "train_split", "test_split", "image_size", "channels")
-    this.run(params={f"data.{key}": getattr(data, key) for key in keys}, inputs={}, work=work)
+    this.run(params={f"data.{key}": getattr(data, key) for key in keys}, inputs={}, work=work, live=False)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Computes every metric from the stored predictions: scores, detection, ensembles, comparisons."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
@@ -30,7 +32,7 @@ def main(this: stage.Stage) -> None:
     study, layout = this.study, this.layout
     store = Store(this)
 
-    def work() -> dict[str, float]:
+    def work() -> dict[str, Any]:
         tables = {
             "scores": scores(this, store),
             "ood": detection(this, store),
@@ -65,6 +67,7 @@ def main(this: stage.Stage) -> None:
             )
         },
         work=work,
+        live=True,
     )
 
 
@@ -102,7 +105,7 @@ def detection(this: stage.Stage, store: Store) -> pd.DataFrame:
     for run, seed in this.study.grid:
         inside, outside = store(run, seed, "test").logits, store(run, seed, shifted.DIGITS).logits
         for score in ("max_probability", "energy"):
-            found = ood.detect(inside, outside, score)  # type: ignore[arg-type]
+            found = ood.detect(inside, outside, score)
             rows.append({"run": run, "seed": seed, "set": shifted.DIGITS, "score": score} | found)
     return pd.DataFrame(rows, columns=columns)
 

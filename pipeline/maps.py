@@ -1,5 +1,7 @@
 """Stores attention maps of the teacher and of students for a few test images, for the report's figure."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -19,7 +21,7 @@ def main(this: stage.Stage) -> None:
     runs = [study.report.finetune, study.report.scratch, study.report.distilled] if study.report else []
     seed = study.seeds[0]
 
-    def work() -> dict[str, float]:
+    def work() -> dict[str, Any]:
         if study.report is None:
             return {}
         examples, labels = one_of_each_class(parts.test.labels, study.report.attention_images)
@@ -40,7 +42,7 @@ def main(this: stage.Stage) -> None:
                 labels=labels,
                 layers=np.array(layers),
                 names=np.array(list(models)),
-                **arrays,
+                **arrays,  # type: ignore[arg-type]
             )
         return {"images": len(examples), "models": len(models)}
 
@@ -56,6 +58,7 @@ def main(this: stage.Stage) -> None:
             "images": parts.description.fingerprint,
         },
         work=work,
+        live=False,
     )
 
 

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import torch
 
 from attention_transfer import config, stage
 from attention_transfer.assembly import Parts
+from attention_transfer.errors import StudyError
 from attention_transfer.files import sha256, write_text
 from attention_transfer.models import vit
 from attention_transfer.models.masked_autoencoder import MaskedAutoencoder
@@ -27,10 +29,8 @@ def main(this: stage.Stage) -> None:
         "images": parts.description.fingerprint,
         "pretrain": sha256(this.layout.splits / "pretrain.txt"),
     }
-    if isinstance(teacher, config.FromFile):
-        inputs["file"] = sha256(Path(teacher.path)) if Path(teacher.path).is_file() else "missing"
 
-    def work() -> dict[str, float]:
+    def work() -> dict[str, Any]:
         arguments = parts.teacher_arguments(name)
         rows: list[dict[str, float]] = []  # a teacher that is not trained here has a curve without rows
         metrics: dict[str, float] = {}
@@ -54,6 +54,7 @@ def main(this: stage.Stage) -> None:
         },
         inputs=inputs,
         work=work,
+        live=True,
     )
 
 
@@ -107,6 +108,13 @@ def masked_autoencoder(
 def from_file(this: stage.Stage, teacher: config.FromFile, arguments: dict[str, object]) -> torch.nn.Module:
     """Takes an encoder that the user brings; a head in the file is left out, as students have their own."""
     where = this.where(f"teachers.{this.instance['teacher']}.path")
+    path = Path(teacher.path)
+    if path.is_file() and (found := sha256(path)) != teacher.sha256:
+        raise StudyError(
+            f"{path} has SHA-256 {found}, not {teacher.sha256}",
+            where=this.where(f"teachers.{this.instance['teacher']}.sha256"),
+            remedy="bring the right file, or set this key to the file's",
+        )
     weights = vit.load_weights(
         Path(teacher.path), made_by=f"correct the path in {where}, or convert the file"
     )
@@ -115,7 +123,7 @@ def from_file(this: stage.Stage, teacher: config.FromFile, arguments: dict[str, 
     encoder = {
         key: value for key, value in weights.items() if not key.startswith(("head.", "fc_norm.", "norm."))
     }
-    vit.insert(model, {**encoder, **fresh}, where=Path(teacher.path))
+    vit.insert(model, {**encoder, **fresh}, where=path)
     return model
 
 

@@ -1,6 +1,11 @@
 """Builds the report: tables, figures, claims, and the page."""
 
-from attention_transfer import stage
+import sys
+from pathlib import Path
+from typing import Any
+
+from attention_transfer import stage, tracking
+from attention_transfer.errors import StudyError
 from attention_transfer.files import fingerprint, sha256
 from attention_transfer.reporting import page
 
@@ -8,12 +13,13 @@ from attention_transfer.reporting import page
 def main(this: stage.Stage) -> None:
     study, layout = this.study, this.layout
 
-    def work() -> dict[str, float]:
+    def work() -> dict[str, Any]:
         if study.report is not None:
             page.build(study, layout.metrics, layout.artifacts, layout.report)
             for path in sorted((layout.report / "figures").glob("*.png")):
                 this.tracker.log_artifact(path)
             this.tracker.log_artifact(layout.report / "report.html")
+        show_recorded_runs()
         return {}
 
     records = sorted(path for path in (layout.metrics / "evaluate").glob("*.csv"))
@@ -21,7 +27,16 @@ def main(this: stage.Stage) -> None:
         params={"report": None if study.report is None else study.report.model_dump(mode="json")},
         inputs={"records": fingerprint([sha256(path) for path in records])},
         work=work,
+        live=True,
     )
+
+
+def show_recorded_runs() -> None:
+    """Stages of a few seconds left their records only: now they are shown in MLflow, all at once."""
+    try:
+        tracking.sync(Path("metrics"), Path())
+    except StudyError as error:
+        print(f"warning: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

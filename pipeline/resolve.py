@@ -4,6 +4,8 @@ Training depends on this small file alone. So a new teacher, or another teacher'
 rerun this run; and a default changed in config.py reruns the runs whose values change.
 """
 
+from typing import Any
+
 from attention_transfer import stage
 from attention_transfer.files import read_json, sha256, write_json
 
@@ -22,11 +24,11 @@ def main(this: stage.Stage) -> None:
         uses["attention"] = study.attention.model_dump(mode="json", exclude={"budget_gb"})
         uses["cache"] = read_json(layout.cache_manifest(run.teacher), made_by=f"cache@{run.teacher}")
 
-    def work() -> dict[str, float]:
+    def work() -> dict[str, Any]:
         write_json(layout.resolved(name), uses)
         return {}
 
-    this.run(params={f"runs.{name}": uses["run"]}, inputs={}, work=work)
+    this.run(params={f"runs.{name}": uses["run"]}, inputs={}, work=work, live=False)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Makes the shifted test images, each once, and the images of another data set."""
 
 import hashlib
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,7 @@ def main(this: stage.Stage) -> None:
     description = images.describe(layout.images)
     evaluation = study.evaluation
 
-    def work() -> dict[str, float]:
+    def work() -> dict[str, Any]:
         test = images.load(layout.images, "test")
         indices = shifted.subset(test.labels, evaluation.shift_images, study.data.seed)
         recipe = {
@@ -39,6 +40,7 @@ def main(this: stage.Stage) -> None:
         },
         inputs={"images": description.fingerprint},
         work=work,
+        live=False,
     )
 
 

@@ -1,5 +1,7 @@
 """Draws the labelled, validation and pre-training images."""
 
+from typing import Any
+
 from attention_transfer import stage
 from attention_transfer.data import images, splits
 
@@ -8,7 +10,7 @@ def main(this: stage.Stage) -> None:
     data = this.study.data
     description = images.describe(this.layout.images)
 
-    def work() -> dict[str, float]:
+    def work() -> dict[str, Any]:
         drawn = splits.draw(images.load(this.layout.images, "train").labels, data)
         splits.save(this.layout.splits, drawn)
         return {name: len(indices) for name, indices in drawn.items()}
@@ -17,6 +19,7 @@ def main(this: stage.Stage) -> None:
         params={f"data.{key}": getattr(data, key) for key in ("labelled", "validation", "seed")},
         inputs={"images": description.fingerprint},
         work=work,
+        live=False,
     )
 
 

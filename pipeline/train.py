@@ -1,6 +1,7 @@
 """Trains one student with one seed."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -27,7 +28,7 @@ def main(this: stage.Stage) -> None:
     run, layers = study.runs[name], study.layers(name)
     parts = Parts(study, layout, machine.prepare())
 
-    def work() -> dict[str, float]:
+    def work() -> dict[str, Any]:
         arguments = parts.student_arguments(run.teacher)
         initialised = run.method in ("finetune", "linear_probe")
         student = students.create(
@@ -91,6 +92,7 @@ def main(this: stage.Stage) -> None:
             "resolved": sha256(layout.resolved(name)),
         },
         work=work,
+        live=True,
     )
 
 

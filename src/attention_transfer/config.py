@@ -176,6 +176,8 @@ class FromFile(Section):
     kind: Literal["file"]
     architecture: Architecture
     path: str
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    """Of the file: another file is another teacher, and reruns what depends on it."""
 
 
 Teacher = Annotated[MaskedAutoencoder | Untrained | FromFile, Field(discriminator="kind")]

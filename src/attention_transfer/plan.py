@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Literal
 
 from attention_transfer.config import Architecture, Data, Study
 from attention_transfer.errors import StudyError
@@ -13,7 +14,9 @@ from attention_transfer.transfer import cache
 CLEAN_IMAGES = 10_000  # of the test set, before it has been read: Fashion-MNIST's
 
 
-def cache_layout(architecture: Architecture, data: Data, dtype: str) -> cache.Layout:
+def cache_layout(
+    architecture: Architecture, data: Data, dtype: Literal["float16", "float32"]
+) -> cache.Layout:
     """Shape of one cached row: queries and keys of all layers for one view."""
     tokens = (data.image_size // architecture.patch_size) ** 2 + 1  # patches and class token
     return cache.Layout(
@@ -23,6 +26,18 @@ def cache_layout(architecture: Architecture, data: Data, dtype: str) -> cache.La
         head_dim=architecture.width // architecture.heads,
         dtype=dtype,
     )
+
+
+def cache_sizes(study: Study) -> dict[str, int]:
+    """Bytes of the cached training views of each teacher; none for a study without a cache."""
+    if study.attention.source != "cache":
+        return {}
+    return {
+        name: study.data.labelled
+        * study.views.per_image
+        * cache_layout(teacher.architecture, study.data, study.attention.dtype).row_bytes
+        for name, teacher in study.teachers.items()
+    }
 
 
 def check_room(study: Study, layout: Layout, params_file: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import hashlib
 import os
@@ -41,7 +42,7 @@ class Stage:
     script: Path
     layout: Layout
     started: float = field(default_factory=time.time)
-    tracker: Any = None
+    tracker: tracking.Tracker = field(default_factory=tracking.Unshown)
     params: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
 
@@ -71,7 +72,12 @@ class Stage:
         return f"{self.params_file}: {key}"
 
     def run(
-        self, *, params: Mapping[str, Any], inputs: Mapping[str, str], work: Callable[[], Mapping[str, float]]
+        self,
+        *,
+        params: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        work: Callable[[], Mapping[str, Any]],
+        live: bool,
     ) -> None:
         """Does the stage's work under tracking, then writes its records, run.json last.
 
@@ -79,11 +85,27 @@ class Stage:
             params: by dotted name in params.yaml, everything that changes the result.
             inputs: hashes of what the stage reads, by name.
             work: does it, and returns the stage's metrics.
+            live: show it in MLflow while it runs. Connecting takes 3 s, so a stage that takes seconds
+                leaves its record to the report's `sync`.
         """
         self.params, self.inputs = dict(params), dict(inputs)
         kept = self.checkpoints() / "mlflow_run_id"
-        resumed = kept.read_text().strip() if kept.exists() else None
-        with tracking.start(
+        with self._tracked(kept) if live else contextlib.nullcontext(tracking.Unshown()) as self.tracker:
+            if self.tracker.run_id:
+                write_text(kept, self.tracker.run_id)
+            metrics = work()
+            write_json(self.record / "metrics.json", dict(metrics))
+            shown = {key: value for key, value in metrics.items() if value is not None}
+            self.tracker.log_metrics(shown, step=int(metrics.get("epochs", 0)))
+            self.write_run()
+            for file in ("run.json", "curve.csv"):
+                if (path := self.record / file).exists():
+                    self.tracker.log_artifact(path)
+        if self.checkpoints().exists():
+            write_text(self.checkpoints() / DONE, str(self.record / "run.json"))
+
+    def _tracked(self, kept: Path) -> contextlib.AbstractContextManager[tracking.Tracker]:
+        return tracking.start(
             study=self.study.name,
             stage=self.name,
             name=self.label,
@@ -92,19 +114,9 @@ class Stage:
             seed=self.instance.get("seed"),
             run=self.instance.get("run"),
             inputs=self.inputs,
-            resume_run_id=resumed,
+            resume_run_id=kept.read_text().strip() if kept.exists() else None,
             root=Path(),
-        ) as self.tracker:
-            if self.tracker.run_id:
-                write_text(kept, self.tracker.run_id)
-            metrics = work()
-            write_json(self.record / "metrics.json", dict(metrics))
-            self.tracker.log_metrics({k: v for k, v in metrics.items() if v is not None}, step=0)
-            self.write_run()
-            for file in ("run.json", "curve.csv"):
-                if (path := self.record / file).exists():
-                    self.tracker.log_artifact(path)
-        write_text(self.checkpoints() / DONE, str(self.record / "run.json"))
+        )
 
     def write_run(self) -> None:
         """run.json: how this result came about. Only the report and `sync` read it."""

@@ -7,10 +7,8 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from sklearn.model_selection import train_test_split
 
 from attention_transfer.config import Data, Evaluation
-from attention_transfer.data import shifts
 from attention_transfer.data.images import ImageSet
 from attention_transfer.errors import StudyError
 from attention_transfer.files import atomic, fingerprint, read_json
@@ -47,6 +45,8 @@ def subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
         )
     if count == len(labels):
         return np.arange(count)
+    from sklearn.model_selection import train_test_split  # 1 s, and reading needs none of it
+
     chosen, _ = train_test_split(np.arange(len(labels)), train_size=count, stratify=labels, random_state=seed)
     return np.sort(chosen)
 
@@ -86,6 +86,8 @@ def make(
 def _render(
     what: dict[str, Any], test: ImageSet, indices: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    from attention_transfer.data import shifts  # scipy and scikit-learn, as above
+
     if "shift" in what:
         images = shifts.corrupt(test.images[indices], what["shift"], what["severity"], seed=seed)
         return images, test.labels[indices], indices
@@ -99,6 +101,8 @@ def _contact_sheet(
     names = list(dict.fromkeys(what["shift"] for what in sets.values() if "shift" in what))
     severities = sorted({what["severity"] for what in sets.values() if "shift" in what})
     if names:
+        from attention_transfer.data import shifts
+
         sheet = shifts.contact_sheet(test.images[indices[0]], names, severities, seed)
         with atomic(folder / CONTACT_SHEET) as temporary, temporary.open("wb") as file:
             np.savez(file, sheet=sheet, names=np.array(["clean", *names]), severities=np.array(severities))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from sklearn.model_selection import train_test_split
 
 from attention_transfer.config import Data
 from attention_transfer.errors import StudyError
@@ -24,6 +23,8 @@ def draw(labels: np.ndarray, data: Data) -> dict[str, np.ndarray]:
         Sorted int64 indices: `validation`; `pretrain`, everything else; and `labelled`, a part of
         `pretrain`. The first two do not change with the number of labels.
     """
+    from sklearn.model_selection import train_test_split  # 1 s, and `load` needs none of it
+
     classes = len(np.unique(labels))
     smallest = int(np.bincount(labels)[np.unique(labels)].min())
     for key, wanted in (("labelled", data.labelled), ("validation", data.validation)):

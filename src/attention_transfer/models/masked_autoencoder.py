@@ -30,7 +30,8 @@ class MaskedAutoencoder(nn.Module):
         self.encoder = encoder
         self.patches = encoder.patch_embed.num_patches
         self.patch_size: int = encoder.patch_embed.patch_size[0]
-        self.visible = max(1, round(self.patches * (1 - mask_ratio)))
+        # At least one patch is visible and one is hidden, however extreme the ratio.
+        self.visible = max(1, min(self.patches - 1, round(self.patches * (1 - mask_ratio))))
         channels = encoder.patch_embed.proj.in_channels
         self.norm = nn.LayerNorm(encoder.embed_dim)
         self.to_decoder = nn.Linear(encoder.embed_dim, decoder_width)

@@ -46,8 +46,8 @@ def create(arguments: dict[str, Any], *, seed: int, drop_path: float = 0.0) -> V
 def save(folder: Path, model: torch.nn.Module, arguments: dict[str, Any]) -> None:
     """Writes weights as safetensors, then what timm needs to build the model.
 
-    Load them with `timm.create_model("vit_tiny_patch16_224", checkpoint_path=..., **model_args)`, where
-    `model_args` stands in config.json.
+    Load them with `timm.create_model("vit_tiny_patch16_224", checkpoint_path=..., num_classes=...,
+    **model_args)`, with both from config.json, or `timm.create_model("local-dir:<folder>", pretrained=True)`.
     """
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     with atomic(folder / WEIGHTS) as temporary:

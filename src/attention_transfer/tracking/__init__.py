@@ -4,8 +4,8 @@ The records under metrics/ are the truth. A run is shown live while it works (`s
 imports from the records whatever the view lacks, so that the view can be lost at no cost.
 """
 
-from attention_transfer.tracking.runs import Tracker, start
+from attention_transfer.tracking.runs import Tracker, Unshown, start
 from attention_transfer.tracking.sync import SyncReport, sync
 from attention_transfer.tracking.ui import serve
 
-__all__ = ["SyncReport", "Tracker", "serve", "start", "sync"]
+__all__ = ["SyncReport", "Tracker", "Unshown", "serve", "start", "sync"]

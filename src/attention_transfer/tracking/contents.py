@@ -64,7 +64,7 @@ def process_tags() -> dict[str, str]:
 
 def log_params(store: Store, run_id: str, params: Mapping[str, Any]) -> None:
     """Logs params that the run does not have yet: MLflow refuses to change one."""
-    from mlflow.entities import Param  # noqa: PLC0415
+    from mlflow.entities import Param
 
     known = store.client.get_run(run_id).data.params
     new = [Param(key, value) for key, value in flatten(params).items() if key not in known]
@@ -74,7 +74,7 @@ def log_params(store: Store, run_id: str, params: Mapping[str, Any]) -> None:
 
 def log_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
     """Sets tags, as few calls as MLflow allows."""
-    from mlflow.entities import RunTag  # noqa: PLC0415
+    from mlflow.entities import RunTag
 
     new = [RunTag(key, value) for key, value in tags.items()]
     for first in range(0, len(new), SMALL_BATCH):
@@ -83,7 +83,7 @@ def log_tags(store: Store, run_id: str, tags: Mapping[str, str]) -> None:
 
 def log_inputs(store: Store, run_id: str, inputs: Mapping[str, str]) -> None:
     """Logs each input as a data set: its name and the first characters of its digest."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag  # noqa: PLC0415
+    from mlflow.entities import Dataset, DatasetInput, InputTag
 
     datasets = [
         DatasetInput(

@@ -104,7 +104,7 @@ def connect(root: Path) -> Store:
     folder, uri = view_folder(root), address(root)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # mlflow's own use of deprecated calls is not for our user to mend
-        from mlflow.tracking import MlflowClient  # noqa: PLC0415  (3 s)
+        from mlflow.tracking import MlflowClient  # takes 3 s
 
         if is_server(uri):
             client = MlflowClient(tracking_uri=uri)
@@ -148,7 +148,7 @@ def _initialise(database: Path, artifacts: str) -> None:
     """
     if database.exists() and database.stat().st_size > 0:
         return
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore  # noqa: PLC0415
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
     with files.atomic(database) as temporary:
         SqlAlchemyStore(f"{SQLITE}{temporary}", artifacts).engine.dispose()

@@ -61,7 +61,7 @@ def start(
             holds it with another fingerprint. Steps that it has already logged are not logged again.
         root: repository; the default store lies in DVC_ROOT, or here.
     """
-    tracker: _LiveRun | _NoRun
+    tracker: _LiveRun | Unshown
     try:
         store = connect(root)
         tags = {
@@ -85,7 +85,7 @@ def start(
         tracker = _LiveRun(store, run_id, logged, address(root))
     except Exception as error:  # whatever is wrong with the view, the study does not need it
         _warn(address(root), error)
-        tracker = _NoRun()
+        tracker = Unshown()
     try:
         yield tracker
     except (KeyboardInterrupt, SystemExit):
@@ -101,7 +101,7 @@ def _resume(
     store: Store, run_id: str | None, fingerprint: str, tags: Mapping[str, str]
 ) -> tuple[str, dict[str, set[int]]] | None:
     """Sets an interrupted run going again; gives its id and the steps logged of each metric."""
-    from mlflow.exceptions import MlflowException  # noqa: PLC0415
+    from mlflow.exceptions import MlflowException
 
     if run_id is None:
         return None
@@ -129,8 +129,8 @@ def _warn(uri: str, error: BaseException) -> None:
     )
 
 
-class _NoRun:
-    """Stands in where the store could not be opened."""
+class Unshown:
+    """Shows nothing: where the store could not be opened, and in stages that `sync` shows afterwards."""
 
     run_id: str | None = None
 
@@ -164,7 +164,7 @@ class _LiveRun:
         self._thread.start()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        from mlflow.entities import Metric  # noqa: PLC0415
+        from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         with self._guard:

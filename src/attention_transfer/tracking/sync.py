@@ -136,7 +136,7 @@ def _is_dead(tags: Mapping[str, str]) -> bool:
 
 def _import(store: Store, record: _Record) -> None:
     """Makes a FINISHED run; one cut short is RUNNING without a process, so the next sync makes it anew."""
-    from mlflow.entities import Metric  # noqa: PLC0415
+    from mlflow.entities import Metric
 
     content = record.content
     begin = int(datetime.fromisoformat(content["started"]).timestamp() * 1000)

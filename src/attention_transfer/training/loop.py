@@ -83,9 +83,13 @@ def fit(
         and the history.
 
     Raises:
-        StudyError: the loss is no longer a number.
+        StudyError: the loss is no longer a number, or a batch is larger than the data set.
         SystemExit: SIGTERM or SIGINT came; the state of that moment is saved.
     """
+    if task.steps_per_epoch < 1:
+        raise StudyError(
+            f"a batch of {label} is larger than its data set", where=where, remedy="lower batch_size"
+        )
     optimizer = optimiser(task.model, recipe)
     scheduler = schedule(optimizer, recipe, task.steps_per_epoch)
     average = ModelEmaV3(task.model, decay=recipe.ema) if recipe.ema else None

@@ -30,7 +30,7 @@ def device() -> torch.device:
 def prepare() -> torch.device:
     """Sets threads and deterministic kernels for this process, and returns the device."""
     if threads := os.environ.get(THREADS):
-        if not threads.isdigit() or int(threads) < 1:
+        if not threads.isdecimal() or int(threads) < 1:
             raise StudyError(
                 f"{threads!r} is not a number of threads",
                 where=f"environment variable {THREADS}",

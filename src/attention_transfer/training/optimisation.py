@@ -46,10 +46,11 @@ def optimiser(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 def schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, steps_per_epoch: int) -> CosineLRScheduler:
     """Linear warm-up, then half a cosine to `min_learning_rate`, by step."""
-    warmup = round(recipe.warmup_epochs * steps_per_epoch)
+    total = recipe.epochs * steps_per_epoch
+    warmup = min(round(recipe.warmup_epochs * steps_per_epoch), total - 1)
     return CosineLRScheduler(
         optimizer,
-        t_initial=recipe.epochs * steps_per_epoch - warmup,
+        t_initial=total - warmup,
         lr_min=recipe.min_learning_rate,
         warmup_t=warmup,
         warmup_lr_init=0.0,

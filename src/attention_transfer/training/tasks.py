@@ -66,10 +66,11 @@ class StudentTask:
         rows = rows[step * self.batch_size : (step + 1) * self.batch_size]
         view = epoch % self.views
         images = self.render(rows, view).to(self.device)
-        attention = None
-        if self.attention is not None:
-            attention = self.attention(images, self.examples[rows], view)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
+            # The teacher runs in the same format as when its attention is cached.
+            attention = None
+            if self.attention is not None:
+                attention = self.attention(images, self.examples[rows], view)
             loss = self.method.loss(images, self.labels[torch.from_numpy(rows)], attention)
         losses = {"total": loss.total, "task_loss": loss.task}
         return losses if loss.attention is None else {**losses, "attention_loss": loss.attention}

@@ -48,7 +48,8 @@ class AttentionDistill:
             logits = self.student(images)
         task = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         # (batch, 2, layers, ..) to two tensors (layers, batch, ..): all layers in one matrix product.
-        teacher = Attention(*attention.transpose(0, 2).unbind(dim=1))
+        queries, keys = attention.transpose(0, 2).unbind(dim=1)
+        teacher = Attention(queries, keys)
         student = Attention(
             torch.stack([own[layer].queries for layer in self.layers]),
             torch.stack([own[layer].keys for layer in self.layers]),

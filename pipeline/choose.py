@@ -1,0 +1,69 @@
+"""Chooses among a search's runs by validation accuracy, and writes the table of that choice.
+
+Not a stage of the graph: `make tune` runs it when the runs of presets/tune.yaml are trained. It reads
+the records of training alone, so that no test image can have a say.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from attention_transfer import config
+from attention_transfer.errors import StudyError
+from attention_transfer.files import read_json, write_text
+from attention_transfer.layout import Layout
+
+
+def table(study: config.Study) -> pd.DataFrame:
+    """One row a candidate: its method, what was varied, its mean accuracy, and whether it is chosen."""
+    layout = Layout(study.name)
+    rows = []
+    for name, run in study.runs.items():
+        records = [
+            read_json(layout.record("train", name, seed) / "metrics.json", made_by=f"train@{name}-{seed}")
+            for seed in study.seeds
+        ]
+        accuracies = [record["validation_accuracy"] for record in records]
+        rows.append(
+            {
+                "method": run.method,
+                "learning_rate": run.learning_rate,
+                "attention_loss_weight": run.attention_loss.weight if run.attention_loss else None,
+                "epochs": run.epochs,
+                "seeds": len(accuracies),
+                "validation_accuracy": round(sum(accuracies) / len(accuracies), 6),
+                "lowest": min(accuracies),
+                "highest": max(accuracies),
+            }
+        )
+    frame = pd.DataFrame(rows)
+    best = frame.groupby("method")["validation_accuracy"].transform("idxmax")
+    frame["chosen"] = frame.index == best
+    return frame
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--params", type=Path, required=True, help="the search, such as presets/tune.yaml")
+    arguments = parser.parse_args()
+    try:
+        study = config.load(arguments.params)
+        choice = table(study)
+        folder = Layout(study.name).report / "tables"
+        write_text(folder / "choice.csv", choice.to_csv(index=False))
+        shown = choice.assign(chosen=choice["chosen"].map({True: "yes", False: ""})).fillna("")
+        text = (
+            f"Accuracy on the {study.data.validation} validation images, mean over seeds "
+            f"{', '.join(map(str, study.seeds))}; the best of each method is what params.yaml uses.\n\n"
+            f"{shown.to_markdown(index=False)}\n"
+        )
+        write_text(folder / "choice.md", text)
+        print(text)
+    except StudyError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
