@@ -53,7 +53,8 @@ def main() -> None:
         choice = table(study)
         folder = Layout(study.name).report / "tables"
         write_text(folder / "choice.csv", choice.to_csv(index=False))
-        shown = choice.assign(chosen=choice["chosen"].map({True: "yes", False: ""})).fillna("")
+        shown = choice.astype(object).assign(chosen=choice["chosen"].map({True: "yes", False: ""}))
+        shown = shown.where(choice.notna(), "")
         text = (
             f"Accuracy on the {study.data.validation} validation images, mean over seeds "
             f"{', '.join(map(str, study.seeds))}; the best of each method is what params.yaml uses.\n\n"

@@ -82,17 +82,32 @@ def sets(this: stage.Stage) -> list[tuple[str, str, str, int]]:
 
 
 def scores(this: stage.Stage, store: Store) -> pd.DataFrame:
-    """One row a run, seed and set."""
-    rows = []
+    """One row a run, seed and set.
+
+    The set `unshifted` holds the very test images that are shifted, as they are: a drop under a shift is
+    a difference on the same images.
+    """
+    evaluation = this.study.evaluation
+    rows: list[dict[str, Any]] = []
+
+    def add(
+        run: str, seed: int, found: Predictions, *, which: str, shift: str = "", severity: int = 0
+    ) -> None:
+        score = metrics.score(found.logits, found.labels, bins=evaluation.calibration_bins)
+        rows.append(
+            {"run": run, "seed": seed, "set": which, "shift": shift, "severity": severity}
+            | {"examples": len(found.labels)}
+            | {key: score.get(key) for key in ("accuracy", "top5", "nll", "brier", "ece")}
+        )
+
     for run, seed in tqdm(this.study.grid, desc="scores", unit="run", mininterval=5, delay=2):
         for file, which, shift, severity in sets(this):
-            found = store(run, seed, file)
-            score = metrics.score(found.logits, found.labels, bins=this.study.evaluation.calibration_bins)
-            rows.append(
-                {"run": run, "seed": seed, "set": which, "shift": shift, "severity": severity}
-                | {"examples": len(found.labels)}
-                | {key: score.get(key) for key in ("accuracy", "top5", "nll", "brier", "ece")}
-            )
+            add(run, seed, store(run, seed, file), which=which, shift=shift, severity=severity)
+        if {"test", "shifts"} <= set(evaluation.sets):
+            chosen = store(run, seed, shifted.name(evaluation.shifts[0], evaluation.severities[0])).examples
+            clean = store(run, seed, "test")
+            same = Predictions(clean.logits[chosen], clean.labels[chosen], chosen)
+            add(run, seed, same, which="unshifted")
     return pd.DataFrame(rows)
 
 

@@ -127,7 +127,14 @@ def write(root: Path, study: Study, numbers: Numbers | None = None) -> tuple[Pat
         for position, seed in enumerate(study.seeds)
     }
     for run, seed in study.grid:
-        _write_training(metrics / "train" / run / str(seed), study, run, seed, accuracy[run, seed], numbers)
+        _write_training(
+            metrics / "train" / run / str(seed),
+            study,
+            run,
+            seed,
+            accuracy=accuracy[run, seed],
+            numbers=numbers,
+        )
     for stage in ("splits", "evaluate"):
         _write_json(metrics / stage / "run.json", _record(stage, {"data": study.data.model_dump()}, numbers))
     _write_scores(metrics / "evaluate", study, numbers, accuracy)
@@ -166,7 +173,9 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value))
 
 
-def _write_training(folder: Path, study: Study, run: str, seed: int, accuracy: float, numbers: Numbers) -> None:
+def _write_training(
+    folder: Path, study: Study, run: str, seed: int, *, accuracy: float, numbers: Numbers
+) -> None:
     recipe = study.runs[run]
     record = _record("train", {"runs": {run: recipe.model_dump()}}, numbers) | {"run": run, "seed": seed}
     _write_json(folder / "run.json", record)
@@ -203,13 +212,13 @@ def _write_scores(
     rows, ood = [], []
     evaluation = study.evaluation
     for (run, seed), clean in accuracy.items():
-        for image_set in ("validation", "test"):
+        for image_set in ("validation", "test", "unshifted"):
             rows.append((run, seed, image_set, "", 0, 2000, clean))
-        for offset, shift in enumerate(evaluation.shifts):
+        wobble = 0.003 * np.random.default_rng([seed, *map(ord, run)]).normal()
+        for shift in evaluation.shifts:
             for severity in evaluation.severities:
-                # twice the drop at the highest severity, none at severity 0; drops average to the given one
+                # in proportion to severity; the drops average to the given one
                 share = severity / np.mean(evaluation.severities)
-                wobble = 0.002 * np.sin(7 * seed + offset + severity + len(run))
                 drop = numbers.drop.get(run, 0.1) * share + wobble
                 rows.append((run, seed, "shifts", shift, severity, 500, clean - drop))
         for score in ("max_probability", "energy"):
@@ -260,7 +269,9 @@ def _write_images(artifacts: Path, study: Study) -> None:
     generator = np.random.default_rng(0)
     side, images, heads, grid = study.data.image_size, 4, 3, 7
     rows, columns = np.mgrid[:side, :side] / side
-    pictures = np.stack([255 * np.exp(-((rows - 0.5) ** 2 + (columns - k / 5) ** 2) * 9) for k in range(1, 5)])
+    pictures = np.stack(
+        [255 * np.exp(-((rows - 0.5) ** 2 + (columns - k / 5) ** 2) * 9) for k in range(1, 5)]
+    )
     pictures = np.repeat(pictures[:, None], study.data.channels, axis=1).astype(np.uint8)
     maps = {}
     for name in ("teacher", "finetune", "scratch", "distill"):

@@ -69,11 +69,19 @@ class Data(Section):
     """Side of the square images, in pixels; other sizes are resized and centre-cropped."""
     channels: Literal[1, 3]
     labelled: Positive
-    """Labelled training images, the same number of each class."""
+    """Labelled training images, drawn in the classes' proportions."""
     validation: Positive
     """Images on which choices are made; left out of pre-training."""
     seed: Seed
     """Draw of the splits, and of the training views."""
+
+    @model_validator(mode="after")
+    def _two_splits(self) -> Self:
+        if self.train_split == self.test_split:
+            raise ValueError(f"test_split: {self.test_split!r} is the training split too")
+        if self.source == "fashion-mnist" and (self.train_split, self.test_split) != ("train", "test"):
+            raise ValueError("train_split, test_split: those of fashion-mnist are called train and test")
+        return self
 
 
 class Views(Section):
@@ -91,11 +99,9 @@ class Views(Section):
     """Probability that a rectangle is replaced by the mean colour."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        for key in ("crop_scale", "crop_ratio"):
-            low, high = getattr(self, key)
-            if low > high:
-                raise ValueError(f"{key}: the smallest value {low} is larger than the largest, {high}")
+    def _consistent(self) -> Self:
+        _ordered("crop_scale", self.crop_scale)
+        _ordered("crop_ratio", self.crop_ratio)
         return self
 
 
@@ -120,9 +126,8 @@ class Architecture(Section):
     mlp_ratio: Rate
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"heads: {self.heads} heads do not divide the width {self.width}")
+    def _consistent(self) -> Self:
+        _divides("heads", self.heads, "width", self.width)
         return self
 
 
@@ -134,9 +139,8 @@ class Decoder(Section):
     heads: Positive
 
     @model_validator(mode="after")
-    def _heads_divide_width(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"heads: {self.heads} heads do not divide the width {self.width}")
+    def _consistent(self) -> Self:
+        _divides("heads", self.heads, "width", self.width)
         return self
 
 
@@ -154,6 +158,12 @@ class MaskedAutoencoder(Section):
     weight_decay: Annotated[float, Field(ge=0)]
     crop_scale: tuple[Share, Share]
     seed: Seed
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _ordered("crop_scale", self.crop_scale)
+        _warms_up(self.warmup_epochs, self.epochs)
+        return self
 
     # The rest of the optimiser's recipe is that of He et al. (2022), appendix A.1.
     min_learning_rate: ClassVar[float] = 0.0
@@ -230,8 +240,7 @@ class Run(Section):
             raise ValueError(f"layers: {list(self.layers)} names a layer twice")
         if self.method == "linear_probe" and (self.layer_decay != 1.0 or self.drop_path != 0.0):
             raise ValueError("layer_decay, drop_path: linear_probe trains the head alone; remove these keys")
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs: {self.warmup_epochs} is not below epochs, {self.epochs}")
+        _warms_up(self.warmup_epochs, self.epochs)
         if self.min_learning_rate > self.learning_rate:
             raise ValueError("min_learning_rate: larger than learning_rate")
         return self
@@ -315,11 +324,8 @@ class Study(Section):
             if len(set(values)) != len(values):
                 raise ValueError(f"{key}: {list(values)} names a value twice")
         for name, teacher in self.teachers.items():
-            if self.data.image_size % teacher.architecture.patch_size:
-                raise ValueError(
-                    f"teachers.{name}.architecture.patch_size: {teacher.architecture.patch_size} "
-                    f"does not divide data.image_size, {self.data.image_size}"
-                )
+            key, patch_size = f"teachers.{name}.architecture.patch_size", teacher.architecture.patch_size
+            _divides(key, patch_size, "data.image_size", self.data.image_size)
         for name, run in self.runs.items():
             _known(f"runs.{name}.teacher", run.teacher, self.teachers)
             depth = self.teachers[run.teacher].architecture.depth
@@ -359,6 +365,21 @@ class Study(Section):
         return tuple(sorted(chosen or ()))
 
 
+def _divides(key: str, part: int, whole_key: str, whole: int) -> None:
+    if whole % part:
+        raise ValueError(f"{key}: {part} does not divide {whole_key}, {whole}")
+
+
+def _ordered(key: str, limits: tuple[float, float]) -> None:
+    if limits[0] > limits[1]:
+        raise ValueError(f"{key}: the smallest value, {limits[0]}, is larger than the largest, {limits[1]}")
+
+
+def _warms_up(warmup_epochs: float, epochs: int) -> None:
+    if warmup_epochs >= epochs:
+        raise ValueError(f"warmup_epochs: {warmup_epochs} is not below epochs, {epochs}")
+
+
 def _known(key: str, name: str, names: dict[str, Any]) -> None:
     if name not in names:
         raise ValueError(f"{key}: {name!r} is not defined; {_nearest(name, names)}")
@@ -370,34 +391,45 @@ def _nearest(name: str, names: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as DVC reads it: 1e-3 is a number, yes and no are strings, a key given twice is an error."""
+    """YAML 1.2 as DVC reads it: 1e-3 is a number, yes and no are strings. A key given twice is an error."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
+            if key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                    None, None, f"the key {key.value!r} is given twice", key.start_mark
                 )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+            seen.add(key.value)
+        return node
+
+    def integer(self, node: yaml.ScalarNode) -> int:
+        """017 is 17, as in YAML 1.2; octal numbers begin with 0o."""
+        digits = str(self.construct_scalar(node)).replace("_", "")
+        return int(digits, 0 if digits.lstrip("+-")[:2] in ("0b", "0o", "0x") else 10)
 
 
+_TAG = "tag:yaml.org,2002:"
+# What the plain words of YAML 1.2 mean, and 1_000 as ruamel.yaml, DVC's reader, takes it.
+_PLAIN = {
+    "bool": ("tTfF", r"true|True|TRUE|false|False|FALSE"),
+    "int": ("-+0123456789", r"[-+]?(0b[01_]+|0o[0-7_]+|[0-9][0-9_]*|0x[0-9a-fA-F_]+)"),
+    "float": (
+        "-+.0123456789",
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9_]+([eE][-+][0-9]+)?)"
+        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+    ),
+}
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":bool", ":float"))]
+    first: [(tag, pattern) for tag, pattern in pairs if tag.removeprefix(_TAG) not in _PLAIN]
     for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile(r"^(?:true|false|True|False)$"), list("tfTF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+)(?:[eE][-+]?[0-9]+)?$|^[-+]?\.(?:inf|Inf)$|^\.(?:nan|NaN)$"
-    ),
-    list("-+.0123456789"),
-)
+for _name, (_first, _pattern) in _PLAIN.items():
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), list(_first))
+_Loader.add_constructor(_TAG + "int", _Loader.integer)
 
 
 def load(path: Path | str) -> Study:
@@ -408,19 +440,23 @@ def load(path: Path | str) -> Study:
     """
     path = Path(path)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        values = _tuples(yaml.load(path.read_text(encoding="utf-8"), _Loader))
     except FileNotFoundError as error:
         raise StudyError(
             "does not exist", where=str(path), remedy="give the path of a params.yaml"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise StudyError(
+            f"cannot be read: {error.strerror}", where=str(path), remedy="give the path of a params.yaml"
+        ) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise StudyError(
             f"is not valid YAML: {' '.join(str(error).split())}", where=str(path), remedy="correct that line"
         ) from error
     if not isinstance(values, dict):
         raise StudyError("holds no keys", where=str(path), remedy="start from a copy of params.yaml")
     try:
-        return Study.model_validate(_tuples(values))
+        return Study.model_validate(values)
     except ValidationError as error:
         lines = [_explain(problem) for problem in error.errors()]
         raise StudyError(
@@ -435,30 +471,43 @@ def _tuples(value: Any) -> Any:
 
 
 def _explain(problem: Any) -> str:
-    # Union members (mae, untrained ..) stand in pydantic's location but not in the user's file.
-    kinds = {"mae", "untrained", "file"}
-    location = list(problem["loc"])
-    if location[:1] == ["teachers"]:
-        location = location[:2] + [part for part in location[2:] if part not in kinds]
-    location = [part for part in location if part != "[key]" and not _is_union_tag(part)]
-    key = ".".join(str(part) for part in location)
+    location = _location(problem["loc"])
+    key = ".".join(map(str, location))
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key; {_nearest(str(location[-1]), _fields_beside(problem['loc']))}"
     if problem["type"] == "missing":
         return f"{key}: is missing; it has no default"
+    if problem["type"] == "union_tag_not_found":
+        return f"{key}.kind: is missing; it has no default"
+    if problem["type"] == "union_tag_invalid":
+        return f"{key}.kind: {problem['ctx']['tag']!r} is refused: choose {problem['ctx']['expected_tags']}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{key}.{message}" if key else message
-    value = problem.get("input")
-    shown = "NaN" if isinstance(value, float) and math.isnan(value) else repr(value)
-    return f"{key}: {shown[:80]} is refused: {message}"
+    message = _MESSAGES.get(problem["type"], message)
+    return f"{key}: {_shown(problem['input'])} is refused: {message}"
 
 
-def _is_union_tag(part: Any) -> bool:
-    return isinstance(part, str) and (
-        part.startswith(("literal[", "tuple[", "constrained-", "function-"))
-        or part in {"int", "float", "str"}
-    )
+# Where pydantic speaks of Python's types, the words of a params.yaml.
+_MESSAGES = {
+    "tuple_type": "Input should be a list",
+    "dict_type": "Input should be a section with keys",
+    "model_type": "Input should be a section with keys",
+    "model_attributes_type": "Input should be a section with keys",
+    "invalid_key": "A key should be a word",
+}
+
+
+def _location(location: tuple[Any, ...]) -> list[Any]:
+    """The way to a value in the user's file: without the members of unions that pydantic tried."""
+    match location:
+        case ("teachers", name, _, *rest):  # the kind
+            return ["teachers", name, *rest]
+        case ("runs", name, "layers", _, *rest):  # `all`, or a list
+            return ["runs", name, "layers", *rest]
+        case ("runs" | "ensembles" as section, name, "[key]"):
+            return [section, name]
+    return list(location)
 
 
 def _fields_beside(location: tuple[Any, ...]) -> list[str]:
@@ -470,16 +519,26 @@ def _fields_beside(location: tuple[Any, ...]) -> list[str]:
         "training": Training,
         "evaluation": Evaluation,
         "report": Report,
+        "runs": Run,
         "attention_loss": AttentionLoss,
+        "ensembles": Ensemble,
         "architecture": Architecture,
         "decoder": Decoder,
         "mae": MaskedAutoencoder,
         "untrained": Untrained,
         "file": FromFile,
     }
-    for part in reversed(location[:-1]):
-        if part in sections:
-            return list(sections[part].model_fields)
-    parents = {"runs": Run, "ensembles": Ensemble}
-    section = parents.get(location[0], Study) if len(location) > 1 else Study
-    return list(section.model_fields)
+    named = location[0] in ("teachers", "runs", "ensembles")
+    # The second part is then a name that the user chose, which may be that of a section.
+    path = [location[0], *location[2:-1]] if named else location[:-1]
+    return list((sections[path[-1]] if path else Study).model_fields)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float) and math.isnan(value):
+        return "NaN"
+    try:
+        shown = repr(list(value) if isinstance(value, tuple) else value)
+    except (RecursionError, ValueError):  # nested too deeply, or an integer of too many digits
+        return "this value"
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."

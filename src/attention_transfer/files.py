@@ -22,9 +22,9 @@ def atomic(path: Path) -> Iterator[Path]:
     The content is fsynced before the rename and the folder after it, so that after a crash the
     file is the old one or the new one, whole.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -41,7 +41,8 @@ def atomic(path: Path) -> Iterator[Path]:
             remedy="free disk room, or make the folder writable, and start again: finished work is kept",
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a folder that cannot be written holds no temporary either
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -63,7 +64,7 @@ def read_json(path: Path, *, made_by: str) -> Any:
         raise StudyError(
             "does not exist", where=str(path), remedy=f"run the stage that writes it: dvc repro {made_by}"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StudyError(
             f"is damaged: {error}", where=str(path), remedy=f"make it anew: dvc repro --force {made_by}"
         ) from error
@@ -71,8 +72,15 @@ def read_json(path: Path, *, made_by: str) -> Any:
 
 def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StudyError(
+            f"cannot be read: {error.strerror}",
+            where=str(path),
+            remedy="run the stage that makes it: dvc repro",
+        ) from error
 
 
 def fingerprint(value: Any) -> str:

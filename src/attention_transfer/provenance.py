@@ -26,7 +26,6 @@ NEUTRAL = frozenset(
         "layout.py",
         "provenance.py",
         "stage.py",
-        "tracking.py",
     )
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import hashlib
 import os
 import shutil
@@ -51,9 +52,9 @@ class Stage:
         """Folder of run.json, metrics.json and curve.csv."""
         return self.layout.record(self.name, *self.instance.values())
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that decides this stage's result: params, inputs and code."""
+        """Hash of everything that decides this stage's result: params, inputs and code, as the work began."""
         return fingerprint(
             [self.name, self.instance, self.params, self.inputs, provenance.code_fingerprint(self.script)]
         )

@@ -76,8 +76,18 @@ def save(folder: Path, source: str, classes: list[str], splits: dict[str, ImageS
 
 
 def describe(folder: Path) -> Description:
-    """Reads dataset.json."""
-    return Description(**read_json(folder / DESCRIPTION, made_by="data"))
+    """Reads dataset.json.
+
+    Raises:
+        StudyError: it is missing or damaged.
+    """
+    path = folder / DESCRIPTION
+    try:
+        return Description(**read_json(path, made_by="data"))
+    except TypeError as error:
+        raise StudyError(
+            f"is damaged: {error}", where=str(path), remedy="make it anew: dvc repro --force data"
+        ) from error
 
 
 def load(folder: Path, split: str) -> ImageSet:
@@ -95,9 +105,10 @@ def _load(path: Path, checksums: dict[str, str]) -> np.ndarray:
     remedy = "make it anew: dvc repro --force data"
     try:
         array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        checksum = _checksum(array)
+    except Exception as error:  # numpy passes on whatever the parser of a damaged header raises
         raise StudyError(f"cannot be read: {error}", where=str(path), remedy=remedy) from error
-    if _checksum(array) != checksums.get(path.name):
+    if checksum != checksums.get(path.name):
         raise StudyError("is damaged: its checksum is not the recorded one", where=str(path), remedy=remedy)
     return array
 

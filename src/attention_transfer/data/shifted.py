@@ -64,12 +64,8 @@ def make(
     manifest: dict[str, Any] = {}
     for set_name, what in sets.items():
         made_from = fingerprint({**recipe, **what})
-        entry = before.get(set_name)
-        if (
-            entry is None
-            or entry["fingerprint"] != made_from
-            or _checksum(folder, set_name) != entry["checksum"]
-        ):
+        entry = before.get(set_name, {})
+        if entry.get("fingerprint") != made_from or not _whole(folder, set_name, entry):
             images, labels, examples = _render(what, test, indices, recipe["seed"])
             with atomic(folder / f"{set_name}.npz") as temporary, temporary.open("wb") as file:
                 np.savez(file, images=images, labels=labels, examples=examples)
@@ -109,9 +105,11 @@ def _contact_sheet(
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    """The last manifest; empty if there is none, and then every set is made."""
-    path = folder / MANIFEST
-    return read_json(path, made_by="shifts") if path.exists() else {}
+    """The last manifest; empty if there is none that can be read, and then every set is made."""
+    try:
+        return dict(manifest(folder))
+    except (StudyError, TypeError, ValueError):
+        return {}
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -130,8 +128,7 @@ def load(folder: Path, set_name: str) -> tuple[ImageSet, np.ndarray]:
         StudyError: the file is missing or is not the one in the manifest.
     """
     path = folder / f"{set_name}.npz"
-    entry = manifest(folder).get(set_name)
-    if entry is None or _checksum(folder, set_name) != entry["checksum"]:
+    if not _whole(folder, set_name, manifest(folder).get(set_name, {})):
         raise StudyError(
             "is missing or damaged: its checksum is not the recorded one",
             where=str(path),
@@ -141,6 +138,9 @@ def load(folder: Path, set_name: str) -> tuple[ImageSet, np.ndarray]:
         return ImageSet(arrays["images"], arrays["labels"]), arrays["examples"]
 
 
-def _checksum(folder: Path, set_name: str) -> str | None:
-    path = folder / f"{set_name}.npz"
-    return xxhash.xxh3_64_hexdigest(path.read_bytes()) if path.exists() else None
+def _whole(folder: Path, set_name: str, entry: dict[str, str]) -> bool:
+    return (folder / f"{set_name}.npz").is_file() and entry.get("checksum") == _checksum(folder, set_name)
+
+
+def _checksum(folder: Path, set_name: str) -> str:
+    return xxhash.xxh3_64_hexdigest((folder / f"{set_name}.npz").read_bytes())

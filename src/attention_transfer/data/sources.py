@@ -7,9 +7,12 @@ import hashlib
 import shutil
 import subprocess
 import zlib
+from http.client import HTTPException
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from attention_transfer.config import Data
@@ -39,7 +42,11 @@ DEBIAN_PACKAGE = "dataset-fashion-mnist"
 
 
 def read(data: Data) -> tuple[list[str], dict[str, ImageSet]]:
-    """Class names and the splits `train` and `test`, resized as params.yaml says."""
+    """Class names and the splits `train` and `test`, resized as params.yaml says.
+
+    Raises:
+        StudyError: the images are missing or damaged, or the splits do not fit together.
+    """
     if data.source == "fashion-mnist":
         return FASHION_MNIST_CLASSES, {
             split: _fit(_fashion_mnist(Path(data.folder), prefix), data)
@@ -52,6 +59,12 @@ def read(data: Data) -> tuple[list[str], dict[str, ImageSet]]:
             f"its splits have different classes: {sorted(set(names) ^ set(test_names))[:5]}",
             where=f"data.source {data.source} in {data.folder}",
             remedy="give both splits the same class folders",
+        )
+    if np.array_equal(train.images, test.images):
+        raise StudyError(
+            f"its splits {data.train_split!r} and {data.test_split!r} hold the same images",
+            where=f"data.source {data.source} in {data.folder}",
+            remedy="correct data.train_split, data.test_split: timm takes a name it does not know for another",
         )
     return names, {"train": train, "test": test}
 
@@ -111,7 +124,7 @@ def _download(folder: Path) -> None:
 
     try:
         FashionMNIST(str(folder), download=True)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, HTTPException) as error:
         # _find says what else can be done; the reason of the failed download is worth seeing.
         print(f"torchvision's download failed: {error}")
 
@@ -134,8 +147,16 @@ def _fit(images: ImageSet, data: Data) -> ImageSet:
 def _from_timm(data: Data, split: str) -> tuple[list[str], ImageSet]:
     """Decodes every image once: shorter side to `image_size`, then the centre."""
     from timm.data import create_dataset
+    from torch.utils.data import IterableDataset
     from torchvision import transforms
 
+    if "/" not in data.source and not (Path(data.folder) / split).exists():
+        # timm would take a folder of a similar name, or the images of all splits together.
+        raise StudyError(
+            f"has no folder {split!r} with the images of this split",
+            where=f"data.folder {data.folder}",
+            remedy="name folders that are there in data.train_split and data.test_split",
+        )
     try:
         dataset = create_dataset(
             data.source, root=data.folder, split=split, download=data.source.startswith("torch/")
@@ -147,7 +168,7 @@ def _from_timm(data: Data, split: str) -> tuple[list[str], ImageSet]:
             remedy="give a source that timm opens as a map-style data set, such as 'folder' for one folder of "
             "images per class, below one folder per split",
         ) from error
-    if not hasattr(dataset, "__getitem__"):
+    if isinstance(dataset, IterableDataset):
         raise StudyError(
             f"{data.source!r} is an iterable data set: its images have no numbers",
             where="data.source",
@@ -159,13 +180,11 @@ def _from_timm(data: Data, split: str) -> tuple[list[str], ImageSet]:
     labels = np.empty(len(dataset), np.int64)
     for index in tqdm(range(len(dataset)), desc=f"decode {split}", unit="image", mininterval=5):
         try:
-            image, labels[index] = dataset[index]
+            image, labels[index] = _decode(dataset, index, mode)
             pixels[index] = (
-                np.asarray(shape(image.convert(mode)))
-                .reshape(data.image_size, data.image_size, -1)
-                .transpose(2, 0, 1)
+                np.asarray(shape(image)).reshape(data.image_size, data.image_size, -1).transpose(2, 0, 1)
             )
-        except (OSError, SyntaxError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             name = dataset.filename(index) if hasattr(dataset, "filename") else f"image {index}"
             raise StudyError(
                 f"{name} cannot be decoded: {error}",
@@ -173,6 +192,16 @@ def _from_timm(data: Data, split: str) -> tuple[list[str], ImageSet]:
                 remedy="replace or remove this file",
             ) from error
     return _class_names(dataset, labels), ImageSet(pixels, labels)
+
+
+def _decode(dataset: Any, index: int, mode: str) -> tuple[Image.Image, int]:
+    if not hasattr(dataset, "reader"):
+        image, label = dataset[index]
+        return image.convert(mode), label
+    # Asked itself, timm's data set puts the next image, with its label, in place of a broken one.
+    file, label = dataset.reader[index]
+    with file, Image.open(file) as image:
+        return image.convert(mode), label
 
 
 def _class_names(dataset: object, labels: np.ndarray) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from attention_transfer.errors import StudyError
 from attention_transfer.files import atomic
 
+RECORD = "record"  # key of the file's metadata: fingerprint and checksum, as JSON
 BATCH = 500  # images a pass: large enough to keep a core busy, small enough for any memory
 
 Predict = Callable[[np.ndarray], Tensor]
@@ -53,7 +54,9 @@ def predict_all(predict: Predict, count: int) -> Tensor:
 def save(path: Path, predictions: Predictions, fingerprint: str) -> None:
     """Writes logits, labels and example numbers, with a checksum and the fingerprint of what made them."""
     tensors = vars(predictions)
-    metadata = {"fingerprint": fingerprint, "checksum": _checksum(tensors)}
+    # One entry, because safetensors writes several in an order that changes: equal predictions, equal bytes.
+    record = {"fingerprint": fingerprint, "checksum": _checksum(tensors)}
+    metadata = {RECORD: json.dumps(record, sort_keys=True)}
     with atomic(path) as temporary:
         save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
 
@@ -86,12 +89,14 @@ def matches(path: Path, fingerprint: str) -> bool:
 
 def _metadata(path: Path) -> dict[str, str]:
     with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
+        return json.loads((file.metadata() or {})[RECORD])
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:
     digest = xxhash.xxh3_64(
-        json.dumps({name: list(tensors[name].shape) for name in sorted(tensors)}).encode()
+        json.dumps(
+            {name: [str(tensors[name].dtype), list(tensors[name].shape)] for name in sorted(tensors)}
+        ).encode()
     )
     for name in sorted(tensors):
         digest.update(tensors[name].contiguous().numpy().data)

@@ -104,7 +104,7 @@ def slim(model: nn.Module, layers: Iterable[int]) -> None:
     """Removes the query and key weights of the layers whose attention will be handed over."""
     modules = attention_modules(model)
     for layer in layers:
-        model.blocks[layer].attn = ValueAttention(modules[layer])  # type: ignore[index, union-attr, arg-type]
+        model.blocks[layer].attn = ValueAttention(modules[layer])  # type: ignore[index, union-attr]
 
 
 @contextlib.contextmanager
@@ -176,7 +176,7 @@ def _intercept(model: nn.Module, handlers: Mapping[int, Callable[..., Tensor]]) 
                     return original(*args, **kwargs)
 
             stack.callback(_restore_forward, modules[layer], vars(modules[layer]).get("forward"))
-            modules[layer].forward = intercepted  # type: ignore[method-assign]
+            modules[layer].forward = intercepted
         yield
 
 
@@ -185,4 +185,4 @@ def _restore_forward(module: nn.Module, before: Any) -> None:
     if before is None:
         del module.forward
     else:
-        module.forward = before  # type: ignore[method-assign]
+        module.forward = before

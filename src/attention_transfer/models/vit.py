@@ -59,6 +59,12 @@ def save(folder: Path, model: torch.nn.Module, arguments: dict[str, Any]) -> Non
             "architecture": "vit_tiny_patch16_224",  # any plain ViT entry: model_args say the rest
             "num_classes": arguments["num_classes"],
             "model_args": model_args,
+            "pretrained_cfg": {  # without it timm opens no folder
+                "input_size": [arguments["in_chans"], arguments["img_size"], arguments["img_size"]],
+                "num_classes": arguments["num_classes"],
+                "first_conv": "patch_embed.proj",
+                "classifier": "head",
+            },
         },
     )
 

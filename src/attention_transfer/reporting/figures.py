@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import matplotlib as mpl
 import numpy as np
@@ -25,7 +26,7 @@ from attention_transfer.config import Report, Study
 from attention_transfer.errors import StudyError
 from attention_transfer.evaluation.statistics import mean_interval
 from attention_transfer.files import atomic
-from attention_transfer.reporting.records import Records
+from attention_transfer.reporting.records import UNSHIFTED, Records
 
 METHOD_COLOURS = {
     "scratch": "#000000",
@@ -34,7 +35,7 @@ METHOD_COLOURS = {
     "distill": "#D55E00",
     "linear_probe": "#CC79A7",
 }
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
+MARKERS = ("o", "s", "^", "D", "v", "<", ">", "p", "h", "*", "P", "X")
 LINES: tuple[Any, ...] = (
     "-",
     "--",
@@ -89,6 +90,8 @@ class Look:
     color: str
     marker: str
     linestyle: Any
+    zorder: float
+    """Earlier runs lie on top: the main ones are named first."""
 
 
 def looks(study: Study) -> dict[str, Look]:
@@ -102,6 +105,7 @@ def looks(study: Study) -> dict[str, Look]:
             to_hex([channel + pale * (1 - channel) for channel in to_rgb(METHOD_COLOURS[run.method])]),
             MARKERS[position % len(MARKERS)],
             LINES[position % len(LINES)],
+            3 - 0.01 * position,
         )
     return found
 
@@ -186,19 +190,27 @@ def _interval_row(axes: Any, position: int, values: np.ndarray, look: Look, reco
     )  # fmt: skip
 
 
-def _name_rows(axes: Any, names: list[str]) -> None:
-    """Names at the rows, first row on top, and an x range that a huge interval of few seeds cannot blow up."""
+def _name_rows(axes: Any, names: list[str], include: tuple[float, ...] = ()) -> None:
+    """Names at the rows, first row on top, and an x range that a huge interval of few seeds cannot blow up.
+
+    `include`: values of x that are shown whatever the points are.
+    """
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     points = np.concatenate(
-        [np.atleast_1d(line.get_xdata()).astype(float) for line in axes.lines if line.get_marker() != "None"]
+        [include]
+        + [
+            np.atleast_1d(line.get_xdata()).astype(float)
+            for line in axes.lines
+            if line.get_marker() != "None"
+        ]
     )
     low, high = points.min(), points.max()
     room = max(0.45 * (high - low), 0.2)
     shown = axes.get_xlim()
     axes.set_xlim(max(shown[0], low - room), min(shown[1], high + room))
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
 
 
 def _learning_curves(records: Records) -> Drawing:
@@ -223,7 +235,7 @@ def _learning_curves(records: Records) -> Drawing:
             every = max(1, len(by_epoch) // 8)
             axes.plot(
                 by_epoch.index, by_epoch["mean"], color=look.color, linestyle=look.linestyle,
-                marker=look.marker, markevery=every, markersize=4, label=run,
+                marker=look.marker, markevery=every, markersize=4, zorder=look.zorder,
             )  # fmt: skip
             axes.fill_between(
                 by_epoch.index, by_epoch["min"], by_epoch["max"], color=look.color, alpha=0.15, linewidth=0
@@ -273,7 +285,7 @@ def _ensembles(records: Records) -> Drawing:
         _interval_row(axes, position, values, first, records)
         if first != second:  # the mean's marker shows both members' colours
             axes.lines[-1].set(fillstyle="left", markerfacecoloralt=second.color, marker="o", markersize=8)
-    _name_rows(axes, list(study.ensembles))
+    _name_rows(axes, list(study.ensembles), include=(0.0,))
     axes.set_xlabel("gain over the better member, points of test accuracy")
     caption = (
         f"Gain of each ensemble over its better member: mean over pairs and {_level(records)} interval; small "
@@ -326,27 +338,27 @@ def _shift_severity(records: Records) -> Drawing:
     rows = math.ceil(len(shifts) / columns)
     size = (max(WIDTH, 2.45 * columns), 0.5 + 1.85 * rows + 0.2 * math.ceil(len(styles) / 4))
     figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    grid: Any = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     places = [0, *sorted(severities)]
     for axes, shift in itertools.zip_longest(grid.flat, shifts):
         if shift is None:
             axes.set_visible(False)
             continue
         for run, look in styles.items():
-            levels = [records.values("accuracy", run)]
+            levels = [records.values("accuracy", run, UNSHIFTED)]
             levels += [records.shifted("accuracy", run, shift, severity) for severity in places[1:]]
             lines = [mean_interval(100 * values, study.evaluation.confidence) for values in levels]
             axes.plot(
                 places, [line.mean for line in lines],
-                color=look.color, linestyle=look.linestyle, marker=look.marker, markersize=3.5, linewidth=1.1,
+                color=look.color, linestyle=look.linestyle, linewidth=1.1,
+                marker=look.marker, markersize=3.5, zorder=look.zorder,
             )  # fmt: skip
         axes.set_title(shift.replace("_", " "), pad=3)
         axes.set_xticks(places, ["clean", *map(str, places[1:])])
     for row, column in np.ndindex(rows, columns):
         last = row * columns + column + columns >= len(shifts)
         grid[row, column].tick_params(labelbottom=last)
-    figure.supxlabel("severity", fontsize=9)
-    figure.supylabel("accuracy, %", fontsize=9)
+        grid[row, column].set(xlabel="severity" if last else None, ylabel=None if column else "accuracy, %")
     _legend(figure, styles, columns=4 if columns == 3 else 3)
     caption = (
         "Accuracy against severity, one panel per shift, mean over seeds; intervals are in the table of shifts. "
@@ -357,13 +369,13 @@ def _shift_severity(records: Records) -> Drawing:
 
 def _images(path: Path, stage: str, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = dict(archive)
     except FileNotFoundError as error:
         raise StudyError(
             "does not exist", where=str(path), remedy=f"run the stage that writes it: dvc repro {stage}"
         ) from error
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, BadZipFile) as error:
         raise StudyError(
             f"is damaged: {error}", where=str(path), remedy=f"make it anew: dvc repro --force {stage}"
         ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,13 +183,20 @@ def _test_examples(records: Records) -> str:
 
 def _provenance(records: Records) -> dict[str, list[str]]:
     """Revisions, versions and machines of all stages, each different one once."""
-    revisions, versions, machines = {}, {}, {}
-    for record in records.provenance:
-        dirty = " with uncommitted changes" if record["git_dirty"] else ""
-        revisions[f"{record['git_revision']}{dirty}"] = None
-        versions[_listing(record["versions"])] = None
-        machines[_listing(record["machine"])] = None
-    return {"revisions": list(revisions), "versions": list(versions), "machines": list(machines)}
+    stages = records.provenance
+    dirty = {False: "", True: " with uncommitted changes", None: " (not known whether changed)"}
+    return {
+        "revisions": _unique(
+            f"{stage['git_revision']}{dirty[stage['git_dirty']]}" if stage["git_revision"] else "not recorded"
+            for stage in stages
+        ),
+        "versions": _unique(_listing(stage["versions"]) for stage in stages),
+        "machines": _unique(_listing(stage["machine"]) for stage in stages),
+    }
+
+
+def _unique(texts: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(texts))
 
 
 def _listing(values: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ _ENSEMBLES = [
 ]
 _COMPARISONS = ["first", "second", "set", "shift", "difference", "low", "high", "seeds", "examples"]
 _CURVE = ["epoch", "step", "task_loss", "attention_loss", "learning_rate", "validation_accuracy"]
+
+UNSHIFTED = "unshifted"  # the very test images that are shifted, as they are
 
 
 @dataclass(frozen=True)
@@ -55,19 +58,28 @@ class Records:
 
     def values(self, measure: str, run: str, image_set: str = "test") -> np.ndarray:
         """One value per seed, in the study's order of seeds; shape (seeds,)."""
-        rows = [(run, seed, image_set, "", 0) for seed in self.study.seeds]
-        return self.scores.loc[rows, measure].to_numpy(float)
+        rows: list[tuple[Any, ...]] = [(run, seed, image_set, "", 0) for seed in self.study.seeds]
+        return self._measured(measure, rows)
 
     def shifted(self, measure: str, run: str, shift: str, severity: int | None = None) -> np.ndarray:
         """One value per seed under one shift, at one severity or as mean over all; shape (seeds,)."""
         severities = self.study.evaluation.severities if severity is None else (severity,)
-        rows = [(run, seed, "shifts", shift, level) for seed in self.study.seeds for level in severities]
-        values = self.scores.loc[rows, measure].to_numpy(float)
-        return values.reshape(len(self.study.seeds), len(severities)).mean(axis=1)
+        rows: list[tuple[Any, ...]] = [
+            (run, seed, "shifts", shift, level) for seed in self.study.seeds for level in severities
+        ]
+        return self._measured(measure, rows).reshape(len(self.study.seeds), len(severities)).mean(axis=1)
 
     def all_shifts(self, measure: str, run: str) -> np.ndarray:
         """One value per seed, the mean over all shifts and severities; shape (seeds,)."""
         return np.mean([self.shifted(measure, run, s) for s in self.study.evaluation.shifts], axis=0)
+
+    def _measured(self, measure: str, rows: list[tuple[Any, ...]]) -> np.ndarray:
+        return np.array([self._lookup[measure][row] for row in rows], dtype=float)
+
+    @cached_property
+    def _lookup(self) -> dict[str, dict[tuple[Any, ...], float]]:
+        """Row to value, of every measure: tables ask for thousands, and a MultiIndex is slow at that."""
+        return {measure: self.scores[measure].to_dict() for measure in MEASURES}
 
     def pairs(self, ensemble: str) -> pd.DataFrame:
         """The rows of one ensemble, indexed by the first member's seed."""
@@ -186,6 +198,7 @@ def _scores(study: Study, path: Path) -> pd.DataFrame:
         (s, "", 0) for s in ("validation", "test") if _predicts(study, s)
     ]
     if _predicts(study, "shifts"):
+        conditions.append((UNSHIFTED, "", 0))
         conditions += [
             ("shifts", *pair)
             for pair in itertools.product(study.evaluation.shifts, study.evaluation.severities)

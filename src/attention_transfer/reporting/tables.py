@@ -14,7 +14,7 @@ import pandas as pd
 from attention_transfer.config import Report
 from attention_transfer.evaluation.statistics import Interval, gap_recovered, mean_interval
 from attention_transfer.files import atomic, write_text
-from attention_transfer.reporting.records import MEASURES, Records
+from attention_transfer.reporting.records import MEASURES, UNSHIFTED, Records
 
 PUBLISHED_ON = "published: ImageNet-1K, ViT-L/16, MAE"
 """Setting of every published number (Li et al., NeurIPS 2024, arXiv 2411.09702)."""
@@ -89,8 +89,10 @@ def run_gap(records: Records, report: Report, run: str) -> Interval:
         exact = float(run == report.finetune)
         return Interval(exact, exact, exact, n)
     return gap_recovered(
-        *(records.values("accuracy", name) for name in (run, report.scratch, report.finetune)),
-        records.study.evaluation.confidence,
+        method=records.values("accuracy", run),
+        scratch=records.values("accuracy", report.scratch),
+        finetune=records.values("accuracy", report.finetune),
+        confidence=records.study.evaluation.confidence,
     )
 
 
@@ -163,7 +165,7 @@ def shifts_table(records: Records, report: Report) -> Table:
         "Corrupted test images, mean over severities "
         f"{', '.join(map(str, records.study.evaluation.severities))}; '{ALL_SHIFTS}' is the mean over all "
         f"shifts. Mean over seeds and {level(records)} interval. The drop is from the run's own accuracy on "
-        "the whole clean test set; it is divided by fine-tune's drop under the same shift, and the ratio is "
+        "the same images as they are; it is divided by fine-tune's drop under the same shift, and the ratio is "
         "left out where fine-tune does not drop."
     )
     return Table("shifts", caption, pd.DataFrame(rows), pd.DataFrame(shown))
@@ -178,7 +180,7 @@ def _under(records: Records, measure: str, run: str, shift: str) -> np.ndarray:
 
 
 def _drop(records: Records, run: str, shift: str) -> np.ndarray:
-    return records.values("accuracy", run) - _under(records, "accuracy", run, shift)
+    return records.values("accuracy", run, UNSHIFTED) - _under(records, "accuracy", run, shift)
 
 
 def metrics_table(records: Records) -> Table:
@@ -244,25 +246,26 @@ def ood_table(records: Records) -> Table:
 
 
 def comparisons_table(records: Records) -> Table:
-    """Paired differences of accuracy with bootstrap intervals over seeds and examples."""
+    """Paired differences of accuracy with bootstrap intervals over seeds and examples; shown: the test set."""
     frame = records.comparisons
+    clean = frame[frame["set"] == "test"]
     shown = pd.DataFrame(
         [
             {
                 "first − second": f"{row.first} − {row.second}",
-                "set": row.set + (f", {row.shift}" if row.shift else ""),
                 "seeds": str(row.seeds),
                 "examples": f"{int(row.examples):,}",
                 "difference, points": per_cent(Interval(row.difference, row.low, row.high, int(row.seeds))),
             }
-            for row in frame.itertuples(index=False)
+            for row in clean.itertuples(index=False)
         ],
-        columns=["first − second", "set", "seeds", "examples", "difference, points"],
+        columns=["first − second", "seeds", "examples", "difference, points"],
     )
     caption = (
         "Differences of accuracy, paired by seed and example, with the "
         f"{level(records)} interval of a hierarchical bootstrap over seeds and examples "
-        f"({records.study.evaluation.bootstrap:,} resamples): these also cover the draw of the test images."
+        f"({records.study.evaluation.bootstrap:,} resamples): these also cover the draw of the test images. "
+        "Shown is the test set; the CSV holds the other sets and each shift too."
     )
     return Table("comparisons", caption, frame, shown)
 

@@ -1,0 +1,604 @@
+"""params.yaml: what is read, what is refused, and that every refusal is one message with its remedy."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import json
+import math
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from attention_transfer import config
+from attention_transfer.errors import StudyError
+
+ROOT = Path(__file__).parents[1]
+STUDIES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
+NAMED = ("teachers", "runs", "ensembles")  # sections whose keys are names that the user chose
+
+
+def core() -> dict[str, Any]:
+    """params.yaml as DVC reads it, which is not by the code under test."""
+    values = YAML(typ="safe").load(ROOT / "params.yaml")
+    assert isinstance(values, dict)
+    return values
+
+
+CORE = core()
+
+
+def place(values: dict[str, Any], key: str) -> tuple[Any, str]:
+    """The section that holds a dotted key, and its last part."""
+    *path, last = key.split(".")
+    for part in path:
+        values = values[part]
+    return values, last
+
+
+def changed(**changes: Any) -> dict[str, Any]:
+    """params.yaml with other values; `__` in a key stands for a dot."""
+    values = copy.deepcopy(CORE)
+    for key, value in changes.items():
+        section, last = place(values, key.replace("__", "."))
+        section[last] = value
+    return values
+
+
+def load(folder: Path, values: Any) -> config.Study:
+    """Loads values written as JSON, of which YAML 1.2 is a superset."""
+    path = folder / "params.yaml"
+    path.write_text(json.dumps(values), encoding="utf-8")
+    return config.load(path)
+
+
+def refusal(folder: Path, values: Any) -> str:
+    """The message with which values, or a text, are refused; checks what all messages have in common."""
+    path = folder / "params.yaml"
+    path.write_text(values if isinstance(values, str) else json.dumps(values), encoding="utf-8")
+    with pytest.raises(StudyError) as caught:
+        config.load(path)
+    return well_formed(caught.value, path)
+
+
+def well_formed(error: StudyError, path: Path) -> str:
+    message = str(error)
+    assert message.startswith(f"{path}: ")
+    assert message.count(str(path)) == 1
+    assert message.count("What to do: ") == 1
+    assert error.remedy
+    return message.removeprefix(f"{path}: ")
+
+
+def sections(values: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of every section whose keys config.py declares."""
+    if not (len(path) == 1 and path[0] in NAMED):
+        yield path
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from sections(value, (*path, key))
+
+
+# What is read
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_of_the_repository_loads(path: Path) -> None:
+    study = config.load(path)
+    assert study.grid == [(run, seed) for run in study.runs for seed in study.seeds]
+
+
+def test_every_value_arrives() -> None:
+    """Each value of the file is found under its dotted name, and defaults only in runs."""
+
+    def compare(found: Any, written: Any, key: str) -> None:
+        if isinstance(written, dict):
+            for part, value in written.items():
+                compare(
+                    found[part] if isinstance(found, dict) else getattr(found, part), value, f"{key}.{part}"
+                )
+            if not isinstance(found, dict | config.Run | config.AttentionLoss):
+                assert set(type(found).model_fields) == set(written), key
+        else:
+            assert (list(found) if isinstance(found, tuple) else found) == written, key
+
+    compare(config.load(ROOT / "params.yaml"), CORE, "")
+
+
+def test_a_study_is_frozen() -> None:
+    study = config.load(ROOT / "params.yaml")
+    with pytest.raises(ValidationError, match="frozen"):
+        study.data.labelled = 3
+
+
+def test_layers_of_a_run(tmp_path: Path) -> None:
+    assert config.load(ROOT / "params.yaml").layers("copy") == (0, 1, 2, 3, 4, 5)
+    study = load(tmp_path, changed(runs__copy__layers=[4, 0, 2]))
+    assert study.layers("copy") == (0, 2, 4)
+    assert study.layers("scratch") == ()
+
+
+def test_numbers_as_in_yaml_1_2(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    path.write_text(text.replace("learning_rate: 0.002", "learning_rate: 2e-3"), encoding="utf-8")
+    teacher = config.load(path).teachers["mae"]
+    assert isinstance(teacher, config.MaskedAutoencoder)
+    assert teacher.learning_rate == 0.002
+
+
+# Keys
+
+
+@pytest.mark.parametrize("path", list(sections(CORE)), ids=lambda path: ".".join(path) or "top")
+def test_unknown_key_names_its_nearest_neighbour(path: tuple[str, ...], tmp_path: Path) -> None:
+    declared = CORE
+    for part in path:
+        declared = declared[part]
+    for key in declared:
+        values = copy.deepcopy(CORE)
+        section = values
+        for part in path:
+            section = section[part]
+        section[f"{key}x"] = section[key]
+        message = refusal(tmp_path, values)
+        assert message.startswith(f"{'.'.join([*path, f'{key}x'])}: unknown key; did you mean {key!r}?\n")
+
+
+def test_keys_beside_come_from_the_section_not_from_a_name(tmp_path: Path) -> None:
+    """Runs, teachers and ensembles may be called like a section, a kind, or a type of pydantic's."""
+    values = changed()
+    values["runs"] |= {"data": dict(values["runs"]["scratch"]), "int": dict(values["runs"]["copy"])}
+    values["teachers"]["decoder"] = copy.deepcopy(values["teachers"]["mae"])
+    values["ensembles"]["mae"] = {"members": ["data", "int"]}
+    load(tmp_path, values)
+    values["runs"]["data"]["warmup_epoch"] = 1
+    values["runs"]["int"]["layers"] = [0, -1]
+    values["teachers"]["decoder"]["mask_ration"] = 1
+    values["teachers"]["decoder"]["file"] = 1
+    values["ensembles"]["mae"]["member"] = 1
+    message = refusal(tmp_path, values)
+    assert "runs.data.warmup_epoch: unknown key; did you mean 'warmup_epochs'?" in message
+    assert "runs.int.layers.1: -1 is refused" in message
+    assert "teachers.decoder.mask_ration: unknown key; did you mean 'mask_ratio'?" in message
+    assert "teachers.decoder.file: unknown key; known are " in message
+    assert "ensembles.mae.member: unknown key; did you mean 'members'?" in message
+
+
+@pytest.mark.parametrize(
+    ("keys", "declared"), [(("kind", "architecture", "seed"), "untrained"), (("path", "sha256"), "file")]
+)
+def test_keys_of_other_teachers(keys: tuple[str, ...], declared: str, tmp_path: Path) -> None:
+    architecture = CORE["teachers"]["mae"]["architecture"]
+    teacher = {"kind": declared, "architecture": architecture}
+    teacher |= {"seed": 0} if declared == "untrained" else {"path": "a.safetensors", "sha256": "0" * 64}
+    values = changed()
+    values["teachers"]["other"] = teacher
+    assert load(tmp_path, values).teachers["other"].kind == declared
+    for key in keys:
+        values["teachers"]["other"] = {**teacher, f"{key}x": 1}
+        assert f"teachers.other.{key}x: unknown key; did you mean {key!r}?" in refusal(tmp_path, values)
+
+
+@pytest.mark.parametrize("path", list(sections(CORE)), ids=lambda path: ".".join(path) or "top")
+def test_a_missing_key_is_named(path: tuple[str, ...], tmp_path: Path) -> None:
+    """Only runs have defaults."""
+    declared = CORE
+    for part in path:
+        declared = declared[part]
+    optional = {"layer_decay", "weight_decay", "label_smoothing", "warmup_epochs", "reduction"}
+    for key in declared.keys() - (optional if path[:1] == ("runs",) else set()):
+        values = copy.deepcopy(CORE)
+        section = values
+        for part in path:
+            section = section[part]
+        del section[key]
+        message = refusal(tmp_path, values)
+        if key == "layers":
+            assert f"{'.'.join(path)}.layers: method {declared['method']} needs the layers" in message
+        elif key == "attention_loss":
+            assert "attention_loss: needed by method distill" in message
+        else:
+            assert f"{'.'.join([*path, key])}: is missing; it has no default" in message
+
+
+# Values
+
+TEACHER = CORE["teachers"]["mae"]
+RUN = CORE["runs"]["scratch"]
+REFUSED: list[tuple[str, Any, str]] = [
+    # key, value, what the message says of it; the key as the message gives it comes before a `|`
+    ("data.labelled", "500", "data.labelled: '500' is refused"),
+    ("data.labelled", 500.0, "data.labelled: 500.0 is refused"),
+    ("data.labelled", True, "data.labelled: True is refused"),
+    ("data.labelled", 0, "data.labelled: 0 is refused"),
+    ("data.labelled", None, "data.labelled: None is refused"),
+    ("data.labelled", [5], "data.labelled: [5] is refused"),
+    ("data.labelled", {"a": 5}, "data.labelled: {'a': 5} is refused"),
+    ("data.channels", 2, "data.channels: 2 is refused"),
+    ("data.seed", -1, "data.seed: -1 is refused"),
+    ("data.seed", 2**31, "data.seed: 2147483648 is refused"),
+    ("data.source", 3, "data.source: 3 is refused"),
+    ("data.test_split", "train", "data.test_split: 'train' is the training split too"),
+    ("data.train_split", "training", "data.train_split, test_split: those of fashion-mnist"),
+    ("data", [1], "data: [1] is refused: Input should be a section with keys"),
+    ("data", None, "data: None is refused: Input should be a section with keys"),
+    ("runs", [1], "runs: [1] is refused: Input should be a section with keys"),
+    ("runs.copy", "all", "runs.copy: 'all' is refused: Input should be a section with keys"),
+    ("views.flip", "yes", "views.flip: 'yes' is refused"),
+    ("views.flip", True, "views.flip: True is refused"),
+    ("views.flip", 1.5, "views.flip: 1.5 is refused"),
+    ("views.crop_scale", [0.9, 0.5], "views.crop_scale: the smallest value, 0.9, is larger than the largest"),
+    ("views.crop_ratio", [2.0, 1.0], "views.crop_ratio: the smallest value, 2.0, is larger than"),
+    ("views.crop_scale", [0.0, 1.0], "views.crop_scale.0: 0.0 is refused"),
+    ("views.crop_scale", [0.5, 1.0, 1.0], "views.crop_scale"),
+    ("views.crop_scale", 0.5, "views.crop_scale: 0.5 is refused: Input should be a list"),
+    ("attention.source", "disk", "attention.source: 'disk' is refused: Input should be 'cache' or 'online'"),
+    ("attention.dtype", "float8", "attention.dtype: 'float8' is refused"),
+    ("attention.budget_gb", 0, "attention.budget_gb: 0 is refused"),
+    ("training.clip_norm", 0.0, "training.clip_norm: 0.0 is refused"),
+    ("training.precision", 32, "training.precision: 32 is refused"),
+    ("teachers", {}, "teachers: is empty; at least one is needed"),
+    ("teachers.mae", {**TEACHER, "kind": "dino"}, "teachers.mae.kind: 'dino' is refused: choose 'mae', "),
+    ("teachers.mae", {}, "teachers.mae.kind: is missing"),
+    ("teachers.mae.mask_ratio", 1.0, "teachers.mae.mask_ratio: 1.0 is refused"),
+    ("teachers.mae.warmup_epochs", 20, "teachers.mae.warmup_epochs: 20.0 is not below epochs, 20"),
+    ("teachers.mae.crop_scale", [1.0, 0.5], "teachers.mae.crop_scale: the smallest value, 1.0, is larger"),
+    ("teachers.mae.architecture.heads", 5, "teachers.mae.architecture.heads: 5 does not divide width, 96"),
+    ("teachers.mae.decoder.heads", 5, "teachers.mae.decoder.heads: 5 does not divide width, 48"),
+    (
+        "teachers.mae.architecture.patch_size",
+        8,
+        "teachers.mae.architecture.patch_size: 8 does not divide data.image_size, 28",
+    ),
+    (
+        "teachers.mae.architecture.patch_size",
+        56,
+        "teachers.mae.architecture.patch_size: 56 does not divide data.image_size, 28",
+    ),
+    ("runs", {}, "runs: is empty; at least one is needed"),
+    ("runs.copy.method", "copied", "runs.copy.method: 'copied' is refused"),
+    ("runs.scratch.teacher", "moe", "runs.scratch.teacher: 'moe' is not defined; did you mean 'mae'?"),
+    ("runs.scratch.teacher", "dinov2", "runs.scratch.teacher: 'dinov2' is not defined; known are mae"),
+    ("runs.copy.layers", [0, 6], "runs.copy.layers: [6] lie beyond the teacher's 6 layers, 0 to 5"),
+    ("runs.copy.layers", [1, 1], "runs.copy.layers: [1, 1] names a layer twice"),
+    ("runs.copy.layers", [], "runs.copy.layers: method copy needs the layers to transfer"),
+    ("runs.copy.layers", "none", "runs.copy.layers: 'none' is refused: Input should be 'all'"),
+    ("runs.copy.layers", [-1], "runs.copy.layers.0: -1 is refused"),
+    ("runs.scratch.layers", "all", "runs.scratch.layers: method scratch transfers no attention; remove this"),
+    ("runs.finetune.layers", [0], "runs.finetune.layers: method finetune transfers no attention"),
+    (
+        "runs.copy.attention_loss",
+        {"weight": 1.0},
+        "runs.copy.attention_loss: needed by method distill, and by",
+    ),
+    ("runs.distill.attention_loss", None, "runs.distill.attention_loss: needed by method distill"),
+    ("runs.distill.attention_loss.weight", 0.0, "runs.distill.attention_loss.weight: 0.0 is refused"),
+    (
+        "runs.distill.attention_loss.reduction",
+        "max",
+        "runs.distill.attention_loss.reduction: 'max' is refused",
+    ),
+    ("runs.linear_probe.layer_decay", 0.5, "runs.linear_probe.layer_decay, drop_path: linear_probe trains"),
+    ("runs.scratch.warmup_epochs", 100, "runs.scratch.warmup_epochs: 100.0 is not below epochs, 100"),
+    ("runs.scratch.min_learning_rate", 0.1, "runs.scratch.min_learning_rate: larger than learning_rate"),
+    ("runs.scratch.batch_size", 501, "runs.scratch.batch_size: 501 is more than the 500 labelled images"),
+    ("runs.scratch.learning_rate", "1e-3x", "runs.scratch.learning_rate: '1e-3x' is refused"),
+    ("runs.scratch.ema", 1.0, "runs.scratch.ema: 1.0 is refused"),
+    ("seeds", [], "seeds: is empty; at least one is needed"),
+    ("seeds", [0, 1, 0], "seeds: [0, 1, 0] names a value twice"),
+    ("seeds", 3, "seeds: 3 is refused: Input should be a list"),
+    ("evaluation.severities", [6], "evaluation.severities.0: 6 is refused"),
+    ("evaluation.severities", [1, 1], "evaluation.severities: [1, 1] names a value twice"),
+    ("evaluation.shifts", ["rain"], "evaluation.shifts.0: 'rain' is refused"),
+    ("evaluation.shifts", ["fog", "fog"], "evaluation.shifts: ['fog', 'fog'] names a value twice"),
+    ("evaluation.shifts", [], "evaluation.shifts: is empty although evaluation.sets names shifts"),
+    ("evaluation.sets", ["tset"], "evaluation.sets.0: 'tset' is refused"),
+    (
+        "ensembles.finetune_copy.members",
+        ["finetune", "copi"],
+        "ensembles.finetune_copy.members: 'copi' is not defined; did you mean 'copy'?",
+    ),
+    ("ensembles.finetune_copy.members", ["finetune"], "ensembles.finetune_copy.members"),
+    ("report.copied", "copi", "report.copied: 'copi' is not defined; did you mean 'copy'?"),
+    ("report.equivalence_margin", 0, "report.equivalence_margin: 0 is refused"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "says"), REFUSED, ids=lambda part: str(part)[:50])
+def test_an_impossible_value_is_refused(key: str, value: Any, says: str, tmp_path: Path) -> None:
+    message = refusal(tmp_path, changed(**{key.replace(".", "__"): value}))
+    assert any(line.startswith(says) for line in message.split("\n  "))
+
+
+def test_an_ensemble_of_a_run_with_itself_needs_two_seeds(tmp_path: Path) -> None:
+    message = refusal(tmp_path, changed(seeds=[0]))
+    assert message.startswith("ensembles.finetune_finetune: two members of one run need two seeds")
+
+
+def test_all_problems_come_in_one_message(tmp_path: Path) -> None:
+    message = refusal(tmp_path, changed(data__labelled=0, views__flip=2, seeds="all"))
+    for problem in ("data.labelled: 0 is", "views.flip: 2 is", "seeds: 'all' is"):
+        assert problem in message
+
+
+@pytest.mark.parametrize("value", [".nan", ".NaN", ".inf", "-.inf", "1e999"])
+@pytest.mark.parametrize("key", ["weight_decay: 0.05", "budget_gb: 1.0", "learning_rate: 0.002"])
+def test_nan_and_infinity_are_refused(key: str, value: str, tmp_path: Path) -> None:
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    assert key in text
+    name = key.partition(":")[0]
+    message = refusal(tmp_path, text.replace(key, f"{name}: {value}", 1))
+    assert f".{name}: " in message
+    assert ("NaN" if "n" in value.lower()[1:2] else "inf") in message
+
+
+NAMES = ["a/b", "..", ".", "", "a b", "A", "ä", "a" * 41, "1a", "-a", "a\n", "a\0", "~", "a-b", "a.b"]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=repr)
+def test_names_that_could_leave_their_folder_are_refused(name: str, tmp_path: Path) -> None:
+    assert refusal(tmp_path, changed(name=name)).startswith(f"name: {name!r} is refused")
+    for section in NAMED:
+        values = changed()
+        values[section][name] = next(iter(values[section].values()))
+        assert refusal(tmp_path, values).startswith(f"{section}.{name}: {name!r} is refused")
+
+
+# Files
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    with pytest.raises(StudyError) as caught:
+        config.load(path)
+    assert well_formed(caught.value, path).startswith("does not exist")
+
+
+def test_a_folder_instead_of_a_file(tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match="cannot be read: Is a directory"):
+        config.load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "[1, 2]\n", "core\n", "null\n", "---\n"])
+def test_a_file_without_keys(text: str, tmp_path: Path) -> None:
+    assert refusal(tmp_path, text).startswith("holds no keys")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: core\n  seeds: [0]\n", "line 2"),
+        ("name: [core\n", "line 2"),
+        ("name:\tcore\n\tseeds: 1\n", "line 1"),
+        ("name: core\nseeds: [0]\nname: smoke\n", "the key 'name' is given twice"),
+        ("runs: {a: 1, a: 2}", "the key 'a' is given twice"),
+        ("runs: {b: {a: 1, c: 2, 'a': 2}}", "the key 'a' is given twice"),
+        ("{[1, 2]: 3}", "a key must be a word"),
+        ("{{a: b}: 3}", "a key must be a word"),
+        ("name: a\0b", "not valid YAML"),
+        ("name: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
+        ("name: !core a", "could not determine a constructor"),
+        ("name: *nothing", "undefined alias"),
+        ("a: &a [*a]", "recursion"),
+        ("a: &a {b: *a}", "recursion"),
+        ("day: 2024-13-45", "month must be in 1..12"),
+        ("name: a\n---\nname: b\n", "expected a single document"),
+        ("[" * 700, "recursion"),
+        ("n: " + "9" * 5000, "Exceeds the limit"),
+    ],
+)
+def test_what_is_not_yaml(text: str, says: str, tmp_path: Path) -> None:
+    message = refusal(tmp_path, text)
+    assert message.startswith("is not valid YAML: ")
+    assert says in message
+
+
+@pytest.mark.parametrize("content", [b"name: \xff\xfe", "name: core".encode("utf-16"), b"\x00\x01\x02"])
+def test_what_is_not_text(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(content)
+    with pytest.raises(StudyError) as caught:
+        config.load(path)
+    assert well_formed(caught.value, path).startswith("is not valid YAML: ")
+
+
+# As DVC reads it
+
+
+def ours(text: str) -> Any:
+    return yaml.load(text, config._Loader)
+
+
+def ruamels(text: str) -> Any:
+    return YAML(typ="safe").load(text)
+
+
+# fmt: off
+TRICKY = [
+    "1e-3", "1E3", "1e+3", "1.5e3", "1.e3", "1.", ".5", ".5e3", ".5e+3", "+.5", "-1", "+1", "0", "-0", "007",
+    "017", "08", "0o17", "0o8", "0x1F", "0x", "0b11", "0b2", "1_000", "1_0.5", "0.1_5", "1__0", "_1", "0_",
+    "._5", "1:30", "1:30.5", "12:30:45", "yes", "no", "on", "off", "y", "n", "Y", "N", "Yes", "NO", "true",
+    "True", "TRUE", "tRUE", "false", "False", "FALSE", "null", "Null", "NULL", "~", "nUll", ".inf", "-.INF",
+    "+.Inf", ".nan", ".NaN", ".NAN", "-.nan", "nan", "inf", "Infinity", "1e", "1e-", "e3", "1.2.3", "1,2",
+    "0.0", "00.5", '"1"', "'1e-3'", '"yes"', "2024-01-01", "1-2", "a-b", "train/x", "é", "1e400", "-1e400",
+    "123456789012345678901234567890",
+]
+# fmt: onx é 1e400 -1e400 123456789012345678901234567890""".split()
+
+
+@pytest.mark.parametrize(
+    "scalar", [*TRICKY, "", "a b", "1 2", "|\n  1", ">-\n  yes", "!!str 1", "!!int '017'"]
+)
+def test_scalars_are_read_as_ruamel_reads_them(scalar: str) -> None:
+    read, expected = ours(f"a: {scalar}")["a"], ruamels(f"a: {scalar}")["a"]
+    assert type(read) is type(expected)
+    assert read == expected or (math.isnan(read) and math.isnan(expected))
+    if not scalar.startswith(("|", ">")):
+        assert repr(ours(f"[{scalar}]")) == repr(ruamels(f"[{scalar}]"))
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.text(alphabet="+-._0123456789eExobtrufalsnyTINF:~", min_size=1, max_size=7))
+@example("0b_")
+def test_any_plain_word_is_read_as_ruamel_reads_it(word: str) -> None:
+    def outcome(read: Callable[[str], Any]) -> str:
+        try:
+            return repr(read(f"a: {word}"))
+        except Exception:
+            return "refused"
+
+    expected = outcome(ruamels)
+    # ruamel.yaml fails on some numbers without digits, such as +_, which are words here.
+    assert outcome(ours) == expected or expected == "refused"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &x {k: 1}\nb: {<<: *x, j: 2}\n",
+        "a: &x {k: 1}\nb: {<<: *x, k: 2}\n",
+        "z: &z {k: 0}\na: {b: &x {<<: *z, k: 1}}\nc: {<<: *x}\n",
+        "a: &x [1, 2]\nb: *x\n",
+        "no: 1\non: 2\n1e3: 3\n",
+        "a:\nb: ~\n",
+        "%YAML 1.2\n---\na: yes\n",
+        '{"a": [1, 2.5, true, null, "x"], "b": {}}',
+        "a: !!set {x, y}\n",
+    ],
+)
+def test_structures_are_read_as_ruamel_reads_them(text: str) -> None:
+    assert ours(text) == ruamels(text)
+
+
+# Nothing but a study or a StudyError comes out
+
+
+def anything(source: random.Random, depth: int = 0) -> Any:
+    """A random value of what YAML can express, and some more."""
+    kind = source.randrange(12 if depth < 3 else 9)
+    if kind == 9:
+        return [anything(source, depth + 1) for _ in range(source.randrange(4))]
+    if kind in (10, 11):
+        return {word(source): anything(source, depth + 1) for _ in range(source.randrange(4))}
+    return source.choice(
+        [
+            lambda: source.randint(-3, 40),
+            lambda: 10 ** source.randrange(1, 500) * source.choice([1, -1]),
+            lambda: source.choice([0.0, -0.0, 0.5, 1.0, 1e300, -1e-300, math.nan, math.inf, -math.inf]),
+            lambda: source.choice([True, False, None]),
+            lambda: word(source),
+            lambda: source.choice([datetime.date(2024, 1, 1), b"\xff", {"a", "b"}, (1,)]),
+            lambda: source.choice([CORE[key] for key in CORE]),
+            lambda: nested(source.choice([list, dict]), source.choice([30, 400, 2000])),
+            source.random,
+        ]
+    )()
+
+
+def word(source: random.Random) -> Any:
+    odd = [
+        "",
+        "..",
+        "a/b",
+        "all",
+        "mae",
+        "kind",
+        "data",
+        "[key]",
+        "int",
+        "x" * 300,
+        "é\n",
+        1,
+        None,
+        True,
+        0.5,
+    ]
+    return source.choice([*odd, *CORE, *RUN, *TEACHER])
+
+
+def nested(kind: type, depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value] if kind is list else {"a": value}
+    return value
+
+
+def mutate(source: random.Random, values: dict[str, Any]) -> dict[str, Any]:
+    """Deletes, replaces or inserts a key at a random place."""
+    values = dict(values)
+    here: Any = values
+    while deeper := [key for key, item in here.items() if isinstance(item, dict) and item]:
+        if source.random() < 0.3:
+            break
+        key = source.choice(deeper)
+        here[key] = dict(here[key])  # a copy of the way alone: copy.deepcopy cannot follow deep nesting
+        here = here[key]
+    key = source.choice(list(here))
+    match source.randrange(5):
+        case 0:
+            del here[key]
+        case 1:
+            here[word(source)] = anything(source)
+        case 2 if isinstance(here[key], list) and here[key]:
+            here[key] = [*here[key], anything(source)][source.randrange(2) :]
+        case _:
+            here[key] = anything(source)
+    return values
+
+
+def outcome_of(path: Path, mutation: Any) -> bool:
+    """Whether a mutated file loads; fails unless it loads or is refused as it should be."""
+    try:
+        study = config.load(path)
+    except StudyError as error:
+        well_formed(error, path)
+        return False
+    except BaseException as error:
+        raise AssertionError(f"{type(error).__name__} instead of a StudyError: {mutation!r:.2000}") from error
+    assert isinstance(study, config.Study)
+    return True
+
+
+def test_random_values_give_a_study_or_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """3000 files; the text is left out, as parsing it takes ten times as long as checking it."""
+    path = tmp_path / "params.yaml"
+    path.touch()
+    source = random.Random(0)
+    small = changed()
+    small["runs"] = {name: small["runs"][name] for name in ("scratch", "finetune", "copy", "distill")}
+    small["ensembles"] = {"finetune_copy": small["ensembles"]["finetune_copy"]}
+    loaded = 0
+    for _ in range(3000):
+        values = small
+        for _ in range(source.randrange(1, 3)):
+            values = mutate(source, values) or small
+        monkeypatch.setattr(yaml, "load", lambda text, loader, values=values: values)
+        loaded += outcome_of(path, values)
+    assert 30 < loaded < 1500
+
+
+def test_random_texts_give_a_study_or_one_message(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    text = (ROOT / "presets" / "smoke.yaml").read_text(encoding="utf-8")
+    source = random.Random(1)
+    loaded = 0
+    for _ in range(100):
+        lines = text.splitlines(keepends=True)
+        for _ in range(source.randrange(1, 4)):
+            number = source.randrange(len(lines))
+            line = lines[number]
+            at = source.randrange(len(line))
+            inserted = source.choice([*" \t\n:-[]{},#&*!|>'\"%@`é\x00\ufeff0e.", line, "<<: *a", "- "])
+            lines[number] = line[:at] + source.choice([inserted, ""]) + line[at + source.randrange(3) :]
+        path.write_text("".join(lines), encoding="utf-8")
+        loaded += outcome_of(path, "".join(lines))
+    assert 0 < loaded < 100

@@ -1,0 +1,208 @@
+"""dvc.yaml tells the truth: a stage depends on the code that it uses and on the params that it reads."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from attention_transfer import config, provenance
+
+ROOT = Path(__file__).parent.parent
+GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+# One recipe a stage family, whether it is templated or not.
+STAGES: dict[str, dict[str, Any]] = {
+    name: {**stage, **stage.pop("do", {})} for name, stage in GRAPH["stages"].items()
+}
+PARAMS = "${where.params}"
+
+
+def script(name: str) -> Path:
+    return ROOT / "pipeline" / f"{name}.py"
+
+
+def paths(entries: list[Any]) -> list[str]:
+    """Names of deps or outputs, with or without options behind them."""
+    return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
+
+
+def outputs(stage: dict[str, Any]) -> list[str]:
+    return [path for kind in ("outs", "metrics", "plots") for path in paths(stage.get(kind, []))]
+
+
+def listed_params(stage: dict[str, Any]) -> list[str]:
+    (only,) = stage["params"]
+    assert list(only) == [PARAMS]
+    return [str(key) for key in only[PARAMS]]
+
+
+def handed_params(path: Path) -> set[str]:
+    """Dotted names that a script hands to `this.run(params=...)`, as far as they are written out.
+
+    A name that is made when the script runs ends before its first unknown part: `runs.{name}` gives `runs`.
+    """
+    calls = [
+        node
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "run"
+    ]
+    (call,) = [call for call in calls if any(keyword.arg == "params" for keyword in call.keywords)]
+    (params,) = [keyword.value for keyword in call.keywords if keyword.arg == "params"]
+    keys = params.keys if isinstance(params, ast.Dict) else [getattr(params, "key", None)]
+    names = set()
+    for key in keys:
+        if isinstance(key, ast.Constant):
+            names.add(str(key.value))
+        elif isinstance(key, ast.JoinedStr) and isinstance(key.values[0], ast.Constant):
+            names.add(str(key.values[0].value).rstrip("."))
+    assert names, f"{path}: no params are written out"
+    return names
+
+
+def covers(listed: str, handed: str) -> bool:
+    """Whether a listed param is the handed one, holds it, or is one of its values (`runs.${key}`: `runs`)."""
+    return listed == handed or handed.startswith(f"{listed}.") or listed.startswith(f"{handed}.")
+
+
+def test_every_script_that_is_a_stage_is_in_the_graph() -> None:
+    scripts = {
+        path.stem
+        for path in (ROOT / "pipeline").glob("*.py")
+        if "stage.main(" in path.read_text(encoding="utf-8")
+    }
+    assert scripts == set(STAGES)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_deps_are_the_code_that_is_used(name: str) -> None:
+    code = [path for path in paths(STAGES[name]["deps"]) if path.startswith(("src/", "pipeline/"))]
+    used = {str(path.relative_to(ROOT)) for path in (script(name), *provenance.imported_files(script(name)))}
+    # Each run's defaults are config.py's: `resolve` writes them out, and runs again when they change.
+    used |= {"src/attention_transfer/config.py"} if name == "resolve" else set()
+    assert set(code) == used
+    assert len(code) == len(set(code))
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, set[Path]]:
+    """Files of the package that Python itself loads for each script, in one process for all of them."""
+    program = (
+        "import json, runpy, sys\n"
+        "found = {}\n"
+        "for script in sys.argv[1:]:\n"
+        "    for name in [n for n in sys.modules if n.startswith('attention_transfer')]:\n"
+        "        del sys.modules[name]\n"
+        "    runpy.run_path(script, run_name='imported')\n"
+        "    found[script] = [m.__file__ for n, m in sys.modules.items() if n.startswith('attention_transfer')]\n"
+        "print(json.dumps(found))\n"
+    )
+    scripts = [str(script(name)) for name in STAGES]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *scripts],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+    )
+    return {Path(key).stem: set(map(Path, files)) for key, files in json.loads(done.stdout).items()}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_imports_are_those_of_the_running_script(name: str, loaded: dict[str, set[Path]]) -> None:
+    """The oracle for `imported_files`, which deps are compared with."""
+    exempt = provenance.NEUTRAL | set((provenance.PACKAGE / "tracking").glob("*.py"))
+    found = set(provenance.imported_files(script(name)))
+    assert loaded[name] - exempt <= found
+    # What is named in the source but not loaded is imported inside a function: the shifts, for scipy's sake.
+    assert {path.stem for path in found - loaded[name]} <= {"shifts", "corruptions"}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_command_names_the_study_and_nothing_of_the_machine(name: str) -> None:
+    stage = STAGES[name]
+    assert stage["desc"].strip()
+    assert stage["wdir"] == "${where.root}"
+    start = f"python pipeline/{name}.py --params {PARAMS}"
+    assert stage["cmd"].startswith(start)
+    # What is left tells instances apart; device, workers and launcher would rerun the study elsewhere.
+    rest = re.findall(r" --(\w+) (\$\{[\w.]+\})", stage["cmd"].removeprefix(start))
+    assert "".join(f" --{option} {value}" for option, value in rest) == stage["cmd"].removeprefix(start)
+    assert {option for option, _ in rest} <= {"run", "seed", "teacher"}
+    assert all(value in ("${key}", "${item.run}", "${item.seed}") for _, value in rest)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_listed_params_are_in_the_study(name: str) -> None:
+    sections = config.Study.model_fields
+    for key in listed_params(STAGES[name]):
+        section, *rest = key.split(".")
+        assert section in sections
+        if rest and not rest[0].startswith("${"):
+            values: Any = sections[section].annotation
+            assert rest[0] in values.model_fields, key
+
+
+# What a script records beyond what it depends on: a run's resolved values hold teacher and attention, the
+# data sets' hashes hold how they were drawn, and the first seed alone is no key of params.yaml.
+RECORDED_ONLY = {"train": {"attention", "data"}, "maps": {"seed"}}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_recorded_params_are_listed(name: str) -> None:
+    listed = listed_params(STAGES[name])
+    recorded = handed_params(script(name)) - RECORDED_ONLY.get(name, set())
+    assert recorded
+    assert [key for key in sorted(recorded) if not any(covers(entry, key) for entry in listed)] == []
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_outputs_lie_under_the_name_of_the_study(name: str) -> None:
+    assert outputs(STAGES[name])
+    for path in outputs(STAGES[name]):
+        assert "${name}" in path.split("/"), path
+    own = {path for path in outputs(STAGES[name]) if path.startswith("metrics/")}
+    assert {Path(path).name for path in own} >= {"run.json", "metrics.json"}
+
+
+def test_records_stay_in_git() -> None:
+    """Small records are not moved into DVC's cache, large outputs are."""
+    for stage in STAGES.values():
+        for kind in ("outs", "metrics", "plots"):
+            for entry in stage.get(kind, []):
+                path = paths([entry])[0]
+                kept = isinstance(entry, dict) and entry[path].get("cache", True) is False
+                assert kept == path.startswith(("metrics/", "reports/")), path
+
+
+def test_each_study_is_the_same_graph() -> None:
+    folders = [path for path in (ROOT / "studies").iterdir() if path.is_dir()]
+    assert {"smoke"} <= {folder.name for folder in folders}
+    for folder in folders:
+        assert (folder / "dvc.yaml").is_symlink()
+        assert (folder / "dvc.yaml").resolve() == ROOT / "dvc.yaml"
+        preset = ROOT / "presets" / f"{folder.name}.yaml"
+        assert (folder / "params.yaml").resolve() == preset
+        where = yaml.safe_load((folder / "where.yaml").read_text(encoding="utf-8"))
+        assert where == {"where": {"root": "../..", "params": f"presets/{folder.name}.yaml"}}
+        assert config.load(preset).name == folder.name
+    assert yaml.safe_load((ROOT / "where.yaml").read_text(encoding="utf-8")) == {
+        "where": {"root": ".", "params": "params.yaml"}
+    }
+    assert config.load(ROOT / "params.yaml").name not in {folder.name for folder in folders}
+
+
+def test_dvc_is_quiet_and_doubles_nothing() -> None:
+    settings = configparser.ConfigParser()
+    settings.read(ROOT / ".dvc" / "config")
+    assert settings["core"]["analytics"] == "false"
+    assert settings["core"]["check_update"] == "false"
+    assert settings["cache"]["type"].strip('"') == "reflink,hardlink,copy"

@@ -1,0 +1,128 @@
+"""Verdicts follow the written rules, on records made so that the right verdict is known."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import synthetic_records as synthetic
+from synthetic_records import Numbers
+
+from attention_transfer.config import Study
+from attention_transfer.evaluation.statistics import Interval
+from attention_transfer.reporting import claims
+from attention_transfer.reporting.claims import Claim
+from attention_transfer.reporting.records import load
+
+
+def judge(
+    tmp_path: Path, numbers: Numbers, study: Study | None = None
+) -> tuple[dict[str, Claim], dict[str, str]]:
+    study = study or synthetic.study()
+    metrics, _ = synthetic.write(tmp_path, study, numbers)
+    assert study.report is not None
+    judged, untested = claims.judge(load(study, metrics), study.report)
+    return {claim.id: claim for claim in judged}, untested
+
+
+NOISY = (0.80, 0.84, 0.88)
+
+
+@pytest.mark.parametrize(
+    ("claim", "numbers", "verdict"),
+    [
+        ("main/pretraining_helps", Numbers(), "supported"),
+        ("main/pretraining_helps", Numbers(accuracy={"finetune": 0.75}), "contradicted"),
+        ("main/pretraining_helps", Numbers(accuracy={"finetune": NOISY, "scratch": 0.84}), "not resolved"),
+        ("main/copy", Numbers(), "supported"),
+        ("main/copy", Numbers(accuracy={"copy": 0.81}), "contradicted"),
+        ("main/copy", Numbers(accuracy={"copy": 0.83}), "not resolved"),
+        # no gap shown, or a negative one: whatever the ratio is, it says nothing
+        ("main/copy", Numbers(accuracy={"finetune": NOISY, "scratch": 0.84}), "not resolved"),
+        ("main/copy", Numbers(accuracy={"finetune": 0.75, "copy": 0.76}), "not resolved"),
+        ("main/distill", Numbers(), "supported"),
+        ("main/distill", Numbers(accuracy={"distill": 0.83}), "contradicted"),
+        ("main/distill", Numbers(accuracy={"distill": 0.89}), "contradicted"),
+        ("main/distill", Numbers(accuracy={"distill": NOISY}), "not resolved"),
+        ("ensemble/beats_members", Numbers(), "supported"),
+        ("ensemble/beats_members", Numbers(ensemble={"finetune_distill": -0.01}), "contradicted"),
+        ("ensemble/beats_members", Numbers(ensemble={"finetune_distill": 0.0}), "not resolved"),
+        ("ensemble/beats_finetune_pair", Numbers(ensemble={"finetune_finetune": -0.01}), "supported"),
+        ("ensemble/beats_finetune_pair", Numbers(ensemble={"finetune_finetune": 0.05}), "contradicted"),
+        ("ensemble/beats_finetune_pair", Numbers(accuracy={"finetune": NOISY}), "not resolved"),
+        ("ensemble/beats_distill_pair", Numbers(ensemble={"distill_distill": -0.01}), "supported"),
+        ("ensemble/beats_distill_pair", Numbers(ensemble={"distill_distill": 0.05}), "contradicted"),
+        ("shift/distill_falls_below", Numbers(drop={"distill": 0.15}), "supported"),
+        ("shift/distill_falls_below", Numbers(drop={"distill": 0.05}), "contradicted"),
+        ("shift/distill_falls_below", Numbers(), "not resolved"),
+    ],
+)
+def test_verdict(tmp_path: Path, claim: str, numbers: Numbers, verdict: str) -> None:
+    judged, _ = judge(tmp_path, numbers)
+    assert judged[claim].verdict == verdict, judged[claim]
+
+
+def test_the_shift_claim_is_a_difference_of_differences(tmp_path: Path) -> None:
+    """A worse distill that loses no more under shift than fine-tune does not support the claim."""
+    judged, _ = judge(tmp_path, Numbers(accuracy={"distill": 0.7}))
+    claim = judged["shift/distill_falls_below"]
+    assert claim.verdict == "not resolved"
+    assert abs(claim.effect.mean) < 0.005
+    assert "contradicted" in claim.note, "that they are not equal in-distribution is reported alongside"
+    judged, _ = judge(tmp_path, Numbers(drop={"distill": 0.15}))
+    assert judged["shift/distill_falls_below"].effect.mean == pytest.approx(-0.05, abs=0.002)
+
+
+def test_effect_of_copy_is_the_gap_recovered(tmp_path: Path) -> None:
+    accuracy = {"scratch": (0.8, 0.81, 0.79), "finetune": (0.9, 0.91, 0.895), "copy": (0.87, 0.885, 0.86)}
+    judged, _ = judge(tmp_path, Numbers(accuracy=accuracy))
+    gains = [sum(accuracy[run]) - sum(accuracy["scratch"]) for run in ("copy", "finetune")]
+    assert judged["main/copy"].effect.mean == pytest.approx(gains[0] / gains[1])
+    assert judged["main/copy"].effect.n == 3
+
+
+@pytest.mark.parametrize(
+    ("ensembles", "untested"),
+    [
+        ({}, {"ensemble/beats_members", "ensemble/beats_finetune_pair", "ensemble/beats_distill_pair"}),
+        ({"pair": ("distill", "finetune")}, {"ensemble/beats_finetune_pair", "ensemble/beats_distill_pair"}),
+    ],
+)
+def test_a_claim_without_its_ensemble_is_left_out(
+    tmp_path: Path, ensembles: dict[str, tuple[str, str]], untested: set[str]
+) -> None:
+    judged, left_out = judge(tmp_path, Numbers(), synthetic.study(ensembles=ensembles))
+    assert set(left_out) == untested
+    assert set(judged) == set(claims.RULES) - untested
+
+
+def test_a_study_without_shifts_leaves_the_shift_claim_out(tmp_path: Path) -> None:
+    study = synthetic.study(evaluation__sets=("test",))
+    judged, left_out = judge(tmp_path, Numbers(), study)
+    assert set(left_out) == {"shift/distill_falls_below"}
+    assert "main/copy" in judged
+
+
+def test_two_seeds_make_one_pair_of_one_run(tmp_path: Path) -> None:
+    """(0, 1) and (1, 0) are the same two models: counted twice they would seem to have no spread."""
+    judged, _ = judge(tmp_path, Numbers(ensemble={"finetune_finetune": -0.1}), synthetic.study(seeds=(0, 1)))
+    claim = judged["ensemble/beats_finetune_pair"]
+    assert (claim.effect.n, claim.verdict) == (1, "not resolved")
+    assert judged["ensemble/beats_members"].effect.n == 2
+
+
+def test_one_seed_resolves_nothing(tmp_path: Path) -> None:
+    judged, _ = judge(
+        tmp_path, Numbers(), synthetic.study(seeds=(3,), ensembles={"pair": ("finetune", "distill")})
+    )
+    assert {claim.verdict for claim in judged.values()} == {"not resolved"}
+
+
+@pytest.mark.parametrize("bound", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_become_null(bound: float) -> None:
+    claim = Claim("main/copy", Interval(0.9, bound, bound, 1), "not resolved")
+    assert json.loads(json.dumps(claim.as_json(), allow_nan=False))["interval"] == [None, None]
+
+
+def test_every_claim_has_rule_text_and_published_direction() -> None:
+    assert set(claims.RULES) == set(claims.CLAIMS) == set(claims.PUBLISHED)

@@ -1,0 +1,200 @@
+"""Tables hold what the records say, for the runs that the study names and no other."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import synthetic_records as synthetic
+from synthetic_records import Numbers
+
+from attention_transfer.config import Study
+from attention_transfer.errors import StudyError
+from attention_transfer.reporting import tables
+from attention_transfer.reporting.records import Records, load
+
+MAIN_COLUMNS = [
+    *("run", "seeds", "accuracy_mean", "accuracy_low", "accuracy_high"),
+    *("gap_recovered_mean", "gap_recovered_low", "gap_recovered_high"),
+]
+
+
+def records_of(tmp_path: Path, study: Study, numbers: Numbers | None = None) -> Records:
+    return load(study, synthetic.write(tmp_path, study, numbers)[0])
+
+
+def frames(records: Records) -> dict[str, pd.DataFrame]:
+    assert records.study.report is not None
+    return {table.name: table.frame for table in tables.build(records, records.study.report)}
+
+
+def test_main_table_columns_order_and_definitions(tmp_path: Path) -> None:
+    study = synthetic.study(runs=("copy", "scratch", "linear_probe", "distill", "finetune"))
+    records = records_of(tmp_path, study)
+    tables.write(tables.build(records, study.report), tmp_path / "out")
+    main = pd.read_csv(tmp_path / "out" / "main.csv").set_index("run")
+    assert [main.index.name, *main.columns] == MAIN_COLUMNS
+    assert list(main.index) == list(study.runs)
+    assert main["seeds"].tolist() == [3] * 5
+    assert main.loc["scratch", MAIN_COLUMNS[5:]].tolist() == [0, 0, 0]
+    assert main.loc["finetune", MAIN_COLUMNS[5:]].tolist() == [1, 1, 1]
+    scores = pd.read_csv(tmp_path / "metrics" / "evaluate" / "scores.csv")
+    by_run = scores[scores["set"] == "test"].groupby("run")["accuracy"]
+    for run in study.runs:
+        mean, half = (
+            by_run.mean()[run],
+            4.302653 * by_run.std()[run] / np.sqrt(3),
+        )  # t of 2 degrees of freedom
+        assert main.loc[run, "accuracy_mean"] == pytest.approx(mean, abs=1e-6)
+        assert main.loc[run, "accuracy_low"] == pytest.approx(mean - half, abs=1e-6)
+
+
+def test_unbounded_gap_gives_empty_cells(tmp_path: Path) -> None:
+    numbers = Numbers(accuracy={"finetune": (0.80, 0.84, 0.88), "scratch": 0.84})
+    records = records_of(tmp_path, synthetic.study(), numbers)
+    tables.write([tables.main_table(records, records.study.report)], tmp_path / "out")
+    [line] = [
+        row for row in (tmp_path / "out" / "main.csv").read_text().splitlines() if row.startswith("copy")
+    ]
+    assert line.endswith(",,")
+    assert "unbounded" in (tmp_path / "out" / "main.md").read_text()
+
+
+def test_a_removed_run_vanishes(tmp_path: Path) -> None:
+    """Its records still lie there; nothing may count them."""
+    ensembles = {"pair": ("finetune", "distill"), "gone": ("finetune", "linear_probe")}
+    full = synthetic.study(
+        runs=("scratch", "finetune", "copy", "distill", "linear_probe"),
+        seeds=(0, 1, 2, 3),
+        ensembles=ensembles,
+    )
+    synthetic.write(tmp_path, full)
+    less = synthetic.study(
+        seeds=(0, 1, 2), ensembles={"pair": ("finetune", "distill")}, evaluation__shifts=("fog",)
+    )
+    found = frames(load(less, tmp_path / "metrics"))
+    for name, frame in found.items():
+        text = frame.to_csv()
+        for gone in ("linear_probe", "gone", "rotate"):
+            assert gone not in text, name
+    assert found["main"]["seeds"].eq(3).all()
+    assert found["ensembles"]["pairs"].tolist() == [3]
+    assert found["time"].set_index("stage").loc["train", "instances"] == 4 * 3
+    assert found["time"].set_index("stage").loc["train", "seconds"] == pytest.approx(12 * 12.5)
+
+
+def test_shifts_table(tmp_path: Path) -> None:
+    records = records_of(tmp_path, synthetic.study(), Numbers(drop={"distill": 0.2}))
+    shifts = frames(records)["shifts"].set_index(["run", "shift"])
+    assert len(shifts) == 4 * (3 + 1)
+    scores = pd.read_csv(tmp_path / "metrics" / "evaluate" / "scores.csv")
+    fog = scores[(scores["run"] == "distill") & (scores["shift"] == "fog")]
+    clean = scores[(scores["run"] == "distill") & (scores["set"] == "test")]
+    row = shifts.loc[("distill", "fog")]
+    assert row["accuracy_mean"] == pytest.approx(fog["accuracy"].mean())
+    assert row["ece_mean"] == pytest.approx(fog["ece"].mean())
+    assert row["drop_mean"] == pytest.approx(clean["accuracy"].mean() - fog["accuracy"].mean())
+    assert row["drop_relative_to_finetune"] == pytest.approx(2, abs=0.1)
+    assert shifts.loc[("finetune", "all"), "drop_relative_to_finetune"] == pytest.approx(1)
+    means = shifts.loc["distill"].drop("all")["accuracy_mean"].mean()
+    assert shifts.loc[("distill", "all"), "accuracy_mean"] == pytest.approx(means)
+
+
+def test_recipes_stand_side_by_side(tmp_path: Path) -> None:
+    recipes = frames(records_of(tmp_path, synthetic.study()))["recipes"].set_index("param")
+    assert recipes.loc["learning_rate"].tolist() == ["0.001"] * 4
+    assert recipes.loc["attention_loss.weight"].tolist() == ["", "", "", "3.0"]
+
+
+def test_tables_follow_the_image_sets(tmp_path: Path) -> None:
+    found = frames(records_of(tmp_path, synthetic.study(ensembles={}, evaluation__sets=("test",))))
+    assert not {"ood", "shifts", "ensembles"} & set(found)
+
+
+@pytest.mark.parametrize(
+    ("record", "stage"),
+    [
+        ("train/copy/1/metrics.json", "train@copy-1"),
+        ("train/copy/1/run.json", "train@copy-1"),
+        ("train/copy/1/curve.csv", "train@copy-1"),
+        ("evaluate/scores.csv", "evaluate"),
+        ("evaluate/ood.csv", "evaluate"),
+        ("evaluate/ensembles.csv", "evaluate"),
+        ("evaluate/comparisons.csv", "evaluate"),
+    ],
+)
+def test_a_missing_or_damaged_record_names_file_and_stage(tmp_path: Path, record: str, stage: str) -> None:
+    study = synthetic.study()
+    metrics, _ = synthetic.write(tmp_path, study)
+    path = metrics / record
+    content = path.read_text()
+    for damage in ("", "{}" if record.endswith("run.json") else "no such column\n1\n"):
+        path.write_text(damage)
+        if not (record.endswith("metrics.json") and damage):
+            with pytest.raises(StudyError) as error:
+                load(study, metrics)
+            assert record in str(error.value)
+            assert f"dvc repro --force {stage}" in str(error.value)
+    path.unlink()
+    with pytest.raises(StudyError) as error:
+        load(study, metrics)
+    assert record in str(error.value)
+    assert f"dvc repro {stage}" in str(error.value)
+    path.write_text(content)
+    load(study, metrics)
+
+
+@pytest.mark.parametrize("fault", ["missing", "twice", "nan"])
+def test_faulty_rows_of_scores_are_named(tmp_path: Path, fault: str) -> None:
+    study = synthetic.study()
+    metrics, _ = synthetic.write(tmp_path, study)
+    path = metrics / "evaluate" / "scores.csv"
+    frame = pd.read_csv(path)
+    row = (
+        (frame["run"] == "copy") & (frame["seed"] == 2) & (frame["shift"] == "fog") & (frame["severity"] == 3)
+    )
+    assert row.sum() == 1
+    if fault == "missing":
+        frame = frame[~row]
+    elif fault == "twice":
+        frame = pd.concat([frame, frame[row]])
+    else:
+        frame.loc[row, "accuracy"] = np.nan
+    frame.to_csv(path, index=False)
+    with pytest.raises(StudyError, match="run copy, seed 2, set shifts, shift fog, severity 3"):
+        load(study, metrics)
+
+
+def test_a_seed_without_detection_is_an_error(tmp_path: Path) -> None:
+    study = synthetic.study()
+    metrics, _ = synthetic.write(tmp_path, study)
+    path = metrics / "evaluate" / "ood.csv"
+    frame = pd.read_csv(path)
+    frame[(frame["run"] != "copy") | (frame["seed"] != 1)].to_csv(path, index=False)
+    with pytest.raises(StudyError, match="run copy, seed 1"):
+        load(study, metrics)
+
+
+def test_stale_members_of_an_ensemble_are_not_used(tmp_path: Path) -> None:
+    metrics, _ = synthetic.write(tmp_path, synthetic.study(ensembles={"pair": ("finetune", "copy")}))
+    with pytest.raises(StudyError, match="ensemble pair of finetune and distill"):
+        load(synthetic.study(ensembles={"pair": ("finetune", "distill")}), metrics)
+
+
+def test_a_folder_without_training_is_an_error(tmp_path: Path) -> None:
+    study = synthetic.study()
+    metrics, _ = synthetic.write(tmp_path, study)
+    shutil.rmtree(metrics / "train" / "distill")
+    with pytest.raises(StudyError, match="train/distill/0"):
+        load(study, metrics)
+
+
+@pytest.mark.parametrize("text", ["a|b", "<b>x</b>", "[x](y)", "`x`", "two\nlines", "back\\slash|"])
+def test_markdown_cells_stay_one_cell(text: str) -> None:
+    shown = pd.DataFrame({"a": [text], "b": ["end"]})
+    [_, _, row] = tables.markdown(tables.Table("t", "", shown, shown)).splitlines()
+    unescaped = row.replace("\\\\", "").replace("\\|", "")
+    assert unescaped.count("|") == 3
+    assert "<" not in row
+    assert "[x](" not in row

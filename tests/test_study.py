@@ -1,0 +1,651 @@
+"""The whole study through DVC itself, on the smoke preset, in a copy of the working tree.
+
+The tests run in the order of this file, each on what the one before it has left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import yaml
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("study")]
+
+ROOT = Path(__file__).parent.parent
+GRAPH = "studies/smoke/dvc.yaml"
+PRESET = "presets/smoke.yaml"
+METHODS = ("scratch", "finetune", "linear_probe", "copy", "distill")
+COLLECTORS = {"evaluate", "maps", "report"}
+FAMILIES = {"data", "split", "pretrain", "cache", "resolve", "train", "shifts", "predict"} | COLLECTORS
+SECONDS = 900  # for one command; a repro of the smoke study takes two minutes on two idle cores
+SERVER_SECONDS = 180
+MAIN_COLUMNS = ["run", "seeds"] + [
+    f"{value}_{part}" for value in ("accuracy", "gap_recovered") for part in ("mean", "low", "high")
+]
+CLAIM_KEYS = {
+    "id",
+    "experiment",
+    "claim",
+    "published",
+    "effect",
+    "interval",
+    "n_seeds",
+    "rule",
+    "verdict",
+}
+
+
+@dataclass
+class Answer:
+    """What a command said, and which stages it ran."""
+
+    code: int
+    text: str
+
+    @property
+    def ran(self) -> list[str]:
+        """Names of the stages that DVC started, in order, without the path of their dvc.yaml."""
+        return [name.rpartition(":")[2] for name in re.findall(r"Running stage '([^']+)'", self.text)]
+
+
+@dataclass
+class Study:
+    """A copy of the working tree, in which DVC runs."""
+
+    folder: Path
+    ready: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        outer = ("MLFLOW_TRACKING_URI", "DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME", "ATTENTION_TRANSFER_DEVICE")
+        self.environment = {key: value for key, value in os.environ.items() if key not in outer} | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONPATH": str(self.folder / "src"),
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "ATTENTION_TRANSFER_DEVICE": "cpu",
+            "ATTENTION_TRANSFER_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "400",  # DVC cuts its tables at the width of the terminal
+        }
+
+    def run(self, *command: str, **environment: str) -> Answer:
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.environment | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=SECONDS,
+            check=False,
+        )
+        return Answer(done.returncode, done.stdout)
+
+    def repro(self, *arguments: str, **environment: str) -> Answer:
+        return self.run("dvc", "repro", *arguments, **environment)
+
+    def stages_run(self, *arguments: str) -> set[str]:
+        """Stages that a `dvc repro` which must succeed has run."""
+        answer = self.repro(*arguments)
+        assert answer.code == 0, answer.text[-3000:]
+        assert len(answer.ran) == len(set(answer.ran))
+        return set(answer.ran)
+
+    @contextlib.contextmanager
+    def edited(self) -> Iterator[dict[str, Any]]:
+        """The preset's values; what is changed in them is written back."""
+        path = self.folder / PRESET
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        yield values
+        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+    @contextlib.contextmanager
+    def kept_file(self, name: str) -> Iterator[Path]:
+        """A file that may be changed, and is put back afterwards."""
+        path = self.folder / name
+        before = path.read_bytes()
+        try:
+            yield path
+        finally:
+            replace(path, before)
+
+    def json(self, name: str) -> Any:
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+
+    def runs(self, filter_string: str) -> list[dict[str, Any]]:
+        """MLflow's runs, newest first, as its own client reads them from the database: status and tags."""
+        script = (
+            "import json, sys, mlflow\n"
+            "from mlflow.tracking import MlflowClient\n"
+            "client = MlflowClient('sqlite:///mlflow.db')\n"
+            "ids = [e.experiment_id for e in client.search_experiments()]\n"
+            "found = client.search_runs(ids, sys.argv[1], order_by=['attributes.start_time DESC'])\n"
+            "print('@' + json.dumps([{'id': r.info.run_id, 'status': r.info.status, 'tags': r.data.tags}"
+            " for r in found]))\n"
+        )
+        answer = self.run(sys.executable, "-W", "ignore", "-c", script, filter_string)
+        assert answer.code == 0, answer.text
+        found: list[dict[str, Any]] = json.loads(answer.text.rpartition("\n@")[2].removeprefix("@"))
+        return found
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Writes a new file in the place of one that DVC may have linked to its cache."""
+    path.unlink()
+    path.write_bytes(content)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+        if path.is_file()
+    }
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = SECONDS) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    return pytest.fail(f"{what} did not come within {seconds:.0f} s")
+
+
+@pytest.fixture(scope="module")
+def working_copy(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """The files that git would commit now, in a repository of their own; no records of earlier runs."""
+    folder = tmp_path_factory.mktemp("study")
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True, check=True
+    )
+    for name in listed.stdout.decode().split("\0"):
+        source, target = ROOT / name, folder / name
+        records = name.startswith(("metrics/", "reports/")) or name.endswith("dvc.lock")
+        if name and not records and (source.exists() or source.is_symlink()):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target, follow_symlinks=False)
+    # Downloaded images, where they do not come from Debian's package.
+    shutil.copytree(ROOT / "data", folder / "data", dirs_exist_ok=True)
+    study = Study(folder)
+    commit(study)
+    return study
+
+
+def commit(study: Study) -> None:
+    identity = (("config", "user.name", "test"), ("config", "user.email", "test@example.org"))
+    for command in (("init", "-q"), *identity, ("add", "-A"), ("commit", "-q", "-m", "test")):
+        answer = study.run("git", *command)
+        assert answer.code == 0, answer.text
+
+
+@pytest.fixture
+def study(working_copy: Study) -> Study:
+    """The study after its first run: without it the other tests have nothing to look at."""
+    if not working_copy.ready:
+        pytest.fail("the first dvc repro has not succeeded")
+    return working_copy
+
+
+@pytest.fixture(scope="module")
+def search(working_copy: Study) -> Iterator[Callable[[str], list[dict[str, Any]]]]:
+    """Asks the real MLflow server, as `python -m attention_transfer ui` starts it, for runs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = working_copy.folder / "ui.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "attention_transfer", "ui", "--port", str(port)],
+            cwd=working_copy.folder,
+            env=working_copy.environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+        )
+    browser = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def ask(path: str, body: dict[str, Any] | None = None) -> Any:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}{path}",
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with browser.open(request, timeout=30) as response:
+            return response.read()
+
+    def healthy() -> bool:
+        assert process.poll() is None, log.read_text()
+        try:
+            return bool(ask("/health") == b"OK")
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def runs(filter_string: str) -> list[dict[str, Any]]:
+        api = "/api/2.0/mlflow"
+        experiments = json.loads(ask(f"{api}/experiments/search?max_results=100"))["experiments"]
+        ids = [experiment["experiment_id"] for experiment in experiments]
+        body = {"experiment_ids": ids, "filter": filter_string, "max_results": 1000}
+        found = json.loads(ask(f"{api}/runs/search", body)).get("runs", [])
+        return [
+            {
+                "status": run["info"]["status"],
+                "tags": {tag["key"]: tag["value"] for tag in run["data"]["tags"]},
+            }
+            for run in found
+        ]
+
+    try:
+        wait_for(healthy, "the MLflow server", SERVER_SECONDS)
+        yield runs
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_first_run_makes_the_report(working_copy: Study) -> None:
+    started = time.monotonic()
+    ran = working_copy.stages_run(GRAPH)
+    print(f"first dvc repro of the smoke study: {time.monotonic() - started:.0f} s")
+    working_copy.ready = True
+    grid = [f"{run}-{seed}" for run in METHODS for seed in (0, 1)]
+    assert ran == {
+        *("data", "split", "pretrain@mae", "cache@mae", "shifts", *COLLECTORS),
+        *(f"resolve@{run}" for run in METHODS),
+        *(f"{stage}@{instance}" for stage in ("train", "predict") for instance in grid),
+    }
+
+    report = working_copy.folder / "reports" / "smoke"
+    assert "<html" in (report / "report.html").read_text(encoding="utf-8")
+    assert (report / "report.md").read_text(encoding="utf-8").startswith("# ")
+    with (report / "tables" / "main.csv").open(newline="", encoding="utf-8") as file:
+        header, *rows = list(csv.reader(file))
+    assert header == MAIN_COLUMNS
+    assert tuple(row[0] for row in rows) == METHODS
+    assert all(row[1] == "2" and 0 < float(row[2]) < 1 for row in rows)
+    claims = working_copy.json("reports/smoke/claims.json")
+    assert claims
+    assert all(claim.keys() >= CLAIM_KEYS for claim in claims)
+    assert {claim["verdict"] for claim in claims} <= {"supported", "contradicted", "not resolved"}
+    assert {claim["n_seeds"] for claim in claims} == {2}
+
+
+def test_second_run_runs_nothing(study: Study) -> None:
+    assert study.stages_run(GRAPH) == set()
+
+
+def test_studies_do_not_disturb_each_other(study: Study) -> None:
+    assert study.stages_run("split") == {"data", "split"}
+    assert study.stages_run(GRAPH) == set()
+    assert study.stages_run("split") == set()
+
+
+def test_changed_learning_rate_reruns_that_run_alone(study: Study) -> None:
+    before = digests(study.folder / "runs/smoke/students/copy/0")
+    with study.edited() as values:
+        values["runs"]["copy"]["learning_rate"] = 0.002
+    trained = {f"{stage}@copy-{seed}" for stage in ("train", "predict") for seed in (0, 1)}
+    assert study.stages_run(GRAPH) == {"resolve@copy", *trained, *COLLECTORS}
+    assert (
+        before["model.safetensors"]
+        != digests(study.folder / "runs/smoke/students/copy/0")["model.safetensors"]
+    )
+
+
+def test_added_run_and_seed_run_alone(study: Study) -> None:
+    old = {run: digests(study.folder / f"runs/smoke/students/{run}/0") for run in METHODS}
+    with study.edited() as values:
+        values["runs"]["copy_first"] = {**values["runs"]["copy"], "layers": [0]}
+        values["seeds"].append(2)
+    new = [f"copy_first-{seed}" for seed in (0, 1, 2)] + [f"{run}-2" for run in METHODS]
+    trained = {f"{stage}@{instance}" for stage in ("train", "predict") for instance in new}
+    assert study.stages_run(GRAPH) == {"resolve@copy_first", *trained, *COLLECTORS}
+    assert old == {run: digests(study.folder / f"runs/smoke/students/{run}/0") for run in METHODS}
+    assert "copy_first" in (study.folder / "reports/smoke/tables/main.csv").read_text()
+
+
+def test_removed_run_and_seed_leave_no_number_behind(study: Study) -> None:
+    with study.edited() as values:
+        del values["runs"]["copy_first"]
+        values["seeds"].remove(2)
+    assert study.stages_run(GRAPH) == COLLECTORS
+    # Its outputs are still there (prune deletes them): nothing may pick them up.
+    assert (study.folder / "runs/smoke/predictions/copy_first/0/test.safetensors").exists()
+    assert (study.folder / "metrics/smoke/train/copy_first/0/metrics.json").exists()
+    files = [
+        *(study.folder / "reports/smoke/tables").iterdir(),
+        *(study.folder / "metrics/smoke/evaluate").glob("*.csv"),
+        *(study.folder / "reports/smoke").glob("report.*"),
+    ]
+    assert len(files) > 10
+    assert [file.name for file in files if "copy_first" in file.read_text(encoding="utf-8")] == []
+    for name in ("scores", "ood"):
+        rows = csv.DictReader((study.folder / f"metrics/smoke/evaluate/{name}.csv").read_text().splitlines())
+        assert {row["seed"] for row in rows} == {"0", "1"}
+
+
+def test_added_shift_computes_its_predictions_alone(study: Study) -> None:
+    grid = [(run, seed) for run in METHODS for seed in (0, 1)]
+    folders = {(run, seed): study.folder / f"runs/smoke/predictions/{run}/{seed}" for run, seed in grid}
+    before = {key: digests(folder) for key, folder in folders.items()}
+    images = digests(study.folder / "runs/smoke/shifts")
+    with study.edited() as values:
+        values["evaluation"]["shifts"].append("brightness")
+        severities = values["evaluation"]["severities"]
+    predicted = {f"predict@{run}-{seed}" for run, seed in grid}
+    assert study.stages_run(GRAPH) == {"shifts", *predicted, "evaluate", "report"}
+    added = {f"brightness-{severity}.safetensors" for severity in severities}
+    for key, folder in folders.items():
+        after = digests(folder)
+        assert after.keys() - before[key].keys() == added
+        assert {name: after[name] for name in before[key]} == before[key]
+        metrics = study.json(f"metrics/smoke/predict/{key[0]}/{key[1]}/metrics.json")
+        assert metrics["computed"] == len(severities)
+        assert metrics["sets"] == len(after)
+    now = digests(study.folder / "runs/smoke/shifts")
+    kept = {name for name in images if name.endswith("-1.npz") or name.endswith("-5.npz") or "digits" in name}
+    assert len(kept) == 5
+    assert {name: now[name] for name in kept} == {name: images[name] for name in kept}
+
+
+def test_edited_figure_reruns_the_report_alone(study: Study) -> None:
+    with (study.folder / "src/attention_transfer/reporting/figures.py").open("a") as file:
+        file.write("# edited\n")
+    assert study.stages_run(GRAPH) == {"report"}
+
+
+@dataclass
+class Running:
+    """A `dvc repro` in a process group of its own, stopped while it trains."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def training(self, label: str) -> psutil.Process | None:
+        """The training process, once its progress shows more than its first steps."""
+        if self.process.poll() is not None:
+            pytest.fail(f"dvc ended before it could be stopped:\n{self.text[-3000:]}")
+        if not any(step > 0 for step in steps_shown(self.text, label)):
+            return None
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if child.name().startswith("python") and "pipeline/train.py" in child.cmdline():
+                    return child
+        return None
+
+
+def start_repro(study: Study, stage: str, log: Path) -> Running:
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            ["dvc", "repro", f"{GRAPH}:{stage}"],
+            cwd=study.folder,
+            env=study.environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+        )
+    return Running(process, log)
+
+
+def steps_shown(text: str, label: str) -> list[int]:
+    """The numbers of steps in the progress bars of one stage, in order."""
+    return [int(step) for step in re.findall(rf"{label}: +\d+%[^\r\n]*?\| (\d+)/\d+ \[", text)]
+
+
+def processes_in(folder: Path) -> list[str]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()).is_relative_to(folder):
+                found.append(" ".join(process.cmdline()))
+    return found
+
+
+def saved_steps(study: Study, label: str) -> int | None:
+    """The step in a stage's checkpoint; None if there is none."""
+    import torch
+
+    (path,) = (study.folder / ".ckpt/smoke").glob(f"{label}-*/state.pt") or (None,)
+    if path is None:
+        return None
+    with path.open("rb") as file:
+        file.seek(8)  # the checksum
+        state = torch.load(file, weights_only=True)
+    return int(state["steps"])
+
+
+def test_killed_training_goes_on_and_ends_the_same(study: Study, tmp_path: Path) -> None:
+    stage, label = "train@distill-0", "train-distill-0"
+    with study.edited() as values:
+        values["runs"]["distill"]["epochs"] = 400
+        steps = 400 * (values["data"]["labelled"] // values["runs"]["distill"]["batch_size"])
+
+    # Killed outright: dvc, its shell and the stage at once.
+    running = start_repro(study, stage, tmp_path / "killed.log")
+    wait_for(lambda: running.training(label), "the training")
+    os.killpg(running.process.pid, signal.SIGKILL)
+    running.process.wait()
+    wait_for(lambda: not processes_in(study.folder), "the end of all processes", 60)
+    assert not (study.folder / "runs/smoke/students/distill/0/model.safetensors").exists()
+    assert not (study.folder / "metrics/smoke/train/distill/0/run.json").exists()
+
+    # dvc alone is killed: the stage must not go on writing without it, and saves its state.
+    running = start_repro(study, stage, tmp_path / "orphaned.log")
+    wait_for(lambda: running.training(label), "the training")
+    running.process.kill()
+    running.process.wait()
+    wait_for(lambda: not processes_in(study.folder), "the end of all processes", 60)
+    first = saved_steps(study, label)
+    assert first is not None
+    assert 0 < first < steps
+
+    # The stage alone is asked to stop, as a scheduler asks.
+    running = start_repro(study, stage, tmp_path / "stopped.log")
+    wait_for(lambda: running.training(label), "the training").terminate()
+    assert running.process.wait(120) != 0
+    assert "failed to reproduce" in running.text
+    assert min(steps_shown(running.text, label)) >= first
+    second = saved_steps(study, label)
+    assert second is not None
+    assert first < second < steps
+    assert processes_in(study.folder) == []
+
+    answer = study.repro(GRAPH)
+    assert answer.code == 0, answer.text[-3000:]
+    trained = {f"{stage}@distill-{seed}" for stage in ("train", "predict") for seed in (0, 1)}
+    assert set(answer.ran) == {*trained, *COLLECTORS}
+    assert min(steps_shown(answer.text, label)) >= second
+    assert not list((study.folder / ".ckpt/smoke").glob("train-distill-0-*"))
+
+    # The same training without an interruption, in another place.
+    fresh = Study(tmp_path / "fresh")
+    skipped = shutil.ignore_patterns(".dvc", ".git", ".ckpt", "mlflow.db*", "mlruns*", "students", "reports")
+    shutil.copytree(study.folder, fresh.folder, ignore=skipped, symlinks=True)
+    command = ("pipeline/train.py", "--params", PRESET, "--run", "distill", "--seed", "0")
+    assert (answer := fresh.run(sys.executable, *command)).code == 0, answer.text
+    place = Path("runs/smoke/students/distill/0/model.safetensors")
+    weights = [
+        hashlib.sha256((root / place).read_bytes()).hexdigest() for root in (study.folder, fresh.folder)
+    ]
+    assert weights[0] == weights[1]
+    record = Path("metrics/smoke/train/distill/0")
+    for name in ("metrics.json", "curve.csv"):
+        assert (study.folder / record / name).read_bytes() == (fresh.folder / record / name).read_bytes()
+
+
+def test_experiment_is_shown_in_the_same_database(study: Study) -> None:
+    commit(study)
+    assert study.runs("tags.`dvc.exp` != ''") == []
+    answer = study.run("dvc", "exp", "run", GRAPH, "-S", f"{PRESET}:runs.scratch.learning_rate=0.0005")
+    assert answer.code == 0, answer.text[-3000:]
+    trained = {f"{stage}@scratch-{seed}" for stage in ("train", "predict") for seed in (0, 1)}
+    assert set(answer.ran) == {"resolve@scratch", *trained, *COLLECTORS}
+    shown = study.runs("tags.`dvc.exp` != ''")
+    assert {run["tags"]["dvc.exp"] for run in shown} == {
+        name for name in [run["tags"]["dvc.exp"] for run in shown] if name in answer.text
+    }
+    assert {run["tags"]["dvc.stage"].rpartition(":")[2] for run in shown} >= {
+        "train@scratch-0",
+        "train@scratch-1",
+        "evaluate",
+        "report",
+    }
+    assert {run["status"] for run in shown} == {"FINISHED"}
+
+
+def test_server_shows_every_stage(study: Study, search: Callable[[str], list[dict[str, Any]]]) -> None:
+    for stage in sorted(FAMILIES):
+        found = search(f"tags.study = 'smoke' and tags.stage = '{stage}'")
+        assert "FINISHED" in {run["status"] for run in found}, stage
+    everything = search("tags.study = 'smoke'")
+    assert {run["tags"].get("stage") for run in everything} == {*FAMILIES, None}  # None: the study's parent
+    assert [run for run in everything if run["status"] == "RUNNING"] == []
+    grid = {(run, seed) for run in METHODS for seed in ("0", "1")}
+    trained = search("tags.study = 'smoke' and tags.stage = 'train' and attributes.status = 'FINISHED'")
+    assert {(run["tags"]["run"], run["tags"]["seed"]) for run in trained} >= grid
+
+
+def test_metrics_params_and_plots_are_shown(study: Study) -> None:
+    metrics = study.run("dvc", "metrics", "diff", "--json", "--all")
+    assert metrics.code == 0, metrics.text[-3000:]
+    assert "test_accuracy.distill" in metrics.text
+    params = study.run("dvc", "params", "diff", "--md")
+    assert params.code == 0, params.text[-3000:]
+    assert "runs.scratch.learning_rate" in params.text
+    plots = study.run("dvc", "plots", "show", "--json", "metrics/smoke/train/distill/0/curve.csv")
+    assert plots.code == 0, plots.text[-3000:]
+    assert "validation_accuracy" in plots.text
+
+
+@pytest.mark.filterwarnings("default")  # timm's own, while it is imported
+def test_distilled_student_is_an_ordinary_timm_model(study: Study) -> None:
+    import timm
+    import torch
+    from safetensors.torch import load_file
+
+    folder = study.folder / "runs/smoke"
+    student = folder / "students/distill/0"
+    model = timm.create_model(f"local-dir:{student}", pretrained=True)
+    description = study.json("runs/smoke/data/dataset.json")
+    images = torch.from_numpy(np.load(folder / "data/test_images.npy")).float() / 255
+    mean, std = (torch.tensor(description[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+    stored = load_file(folder / "predictions/distill/0/test.safetensors")
+    assert torch.equal(stored["examples"], torch.arange(len(images)))
+    with torch.no_grad():
+        logits = torch.cat([model.eval()(batch) for batch in ((images - mean) / std).split(500)])
+    torch.testing.assert_close(logits, stored["logits"], rtol=1e-4, atol=1e-4)
+    assert stored["logits"].std() > 0.1
+
+
+def test_misspelt_key_is_named(study: Study) -> None:
+    lock = (study.folder / "studies/smoke/dvc.lock").read_bytes()
+    with study.kept_file(PRESET):
+        with study.edited() as values:
+            run = values["runs"]["copy"]
+            run["learning_rat"] = run.pop("learning_rate")
+        answer = study.repro(GRAPH)
+    assert answer.code != 0
+    assert len(answer.ran) == 1  # it refuses before it does anything
+    for part in (
+        PRESET,
+        "runs.copy.learning_rat: unknown key",
+        "did you mean 'learning_rate'?",
+        "What to do:",
+    ):
+        assert part in answer.text
+    assert "Traceback" not in answer.text
+    assert (study.folder / "studies/smoke/dvc.lock").read_bytes() == lock
+
+
+def test_damaged_cache_is_named_and_mended(study: Study) -> None:
+    shard = sorted((study.folder / "runs/smoke/cache/mae/views").glob("*.safetensors"))
+    shard = [path for path in shard if path.stat().st_size > 100_000]
+    (damaged,) = shard
+    intact = damaged.read_bytes()
+    content = bytearray(intact)
+    content[len(content) // 2] ^= 1
+    replace(damaged, bytes(content))
+    answer = study.repro("--force", "--single-item", f"{GRAPH}:train@copy-0")
+    assert answer.code != 0
+    assert answer.ran == ["train@copy-0"]
+    assert str(damaged.relative_to(study.folder)) in answer.text
+    assert "dvc repro --force cache" in answer.text
+    assert "Traceback" not in answer.text
+    assert not (study.folder / "runs/smoke/students/copy/0/model.safetensors").exists()
+    newest = study.runs("tags.stage = 'train' and tags.run = 'copy' and tags.seed = '0'")[0]
+    assert newest["status"] == "FAILED"
+
+    # What the message says to do mends it.
+    assert study.stages_run("--force", "--single-item", f"{GRAPH}:cache@mae") == {"cache@mae"}
+    assert damaged.read_bytes() == intact
+    study.stages_run(GRAPH)
+    assert (study.folder / "runs/smoke/students/copy/0/model.safetensors").exists()
+
+
+def test_diverged_training_is_named(study: Study) -> None:
+    with study.kept_file(PRESET):
+        with study.edited() as values:
+            values["runs"]["distill"]["attention_loss"]["weight"] = 1e38  # its product leaves float32
+        answer = study.repro(f"{GRAPH}:train@distill-0")
+    assert answer.code != 0
+    assert answer.ran == ["resolve@distill", "train@distill-0"]
+    assert re.search(r"the loss of train-distill-0 became (inf|nan) in epoch 1", answer.text)
+    for part in (f"{PRESET}: runs.distill", "lower learning_rate"):
+        assert part in answer.text
+    assert "Traceback" not in answer.text
+    newest = study.runs("tags.stage = 'train' and tags.run = 'distill' and tags.seed = '0'")[0]
+    assert newest["status"] == "FAILED"
+    assert not (study.folder / "runs/smoke/students/distill/0/model.safetensors").exists()
+
+
+def test_missing_data_names_the_ways_out(study: Study, tmp_path: Path) -> None:
+    dpkg = tmp_path / "dpkg"
+    dpkg.write_text("#!/bin/sh\nexit 1\n")  # as dpkg -L answers where the package is not installed
+    dpkg.chmod(0o755)
+    (study.folder / "data/none").mkdir()
+    nowhere = dict.fromkeys(
+        ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"
+    ) | {"no_proxy": "", "NO_PROXY": ""}
+    with study.kept_file(PRESET):
+        with study.edited() as values:
+            values["data"]["folder"] = "data/none"
+        path = f"{tmp_path}{os.pathsep}{study.environment['PATH']}"
+        answer = study.repro("--single-item", f"{GRAPH}:data", **{"PATH": path, **nowhere})
+    assert answer.code != 0
+    assert answer.ran == ["data"]
+    for part in (
+        "do one of three things",
+        "into data/none",
+        "apt-get install dataset-fashion-mnist",
+        "connection to the internet",
+    ):
+        assert part in answer.text
+    assert "Traceback" not in answer.text

@@ -1,0 +1,130 @@
+"""The loss of Attention Distill, against closed forms and a float64 loop."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from attention_transfer.transfer.losses import attention_cross_entropy
+
+Reduction = Literal["sum", "mean"]
+SHAPE = (3, 2, 2, 5, 4)  # layers, batch, heads, queries, keys
+reductions = pytest.mark.parametrize("reduction", ["sum", "mean"])
+
+
+def logits(seed: int, shape: tuple[int, ...] = SHAPE, scale: float = 3.0) -> Tensor:
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def naive(teacher: np.ndarray, student: np.ndarray) -> list[float]:
+    """The loss of each layer."""
+    layers, batch, heads, queries, keys = teacher.shape
+    losses = []
+    for layer in range(layers):
+        total = 0.0
+        for place in np.ndindex(batch, heads, queries):
+            t, s = teacher[(layer, *place)], student[(layer, *place)]
+            p = [math.exp(x) / sum(math.exp(y) for y in t) for x in t]
+            q = [math.exp(x) / sum(math.exp(y) for y in s) for x in s]
+            total += -sum(p[key] * math.log(q[key]) for key in range(keys))
+        losses.append(total / (batch * heads * queries))
+    return losses
+
+
+@reductions
+@pytest.mark.parametrize("shape", [SHAPE, (1, 1, 1, 1, 2), (2, 3, 1, 4, 4)], ids=str)
+def test_is_the_cross_entropy_of_the_maps(shape: tuple[int, ...], reduction: Reduction) -> None:
+    teacher, student = logits(0, shape), logits(1, shape)
+    expected = naive(teacher.double().numpy(), student.double().numpy())
+    found = attention_cross_entropy(teacher, student, reduction=reduction)
+    assert found.shape == ()
+    assert found.item() == pytest.approx(sum(expected) / (1 if reduction == "sum" else shape[0]), rel=1e-5)
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(0, 10**6),
+    shape=st.tuples(*[st.integers(1, 4)] * 5),
+    scale=st.floats(0.01, 30),
+    shift=st.floats(-50, 50),
+)
+def test_sum_is_layers_times_mean_and_at_least_the_entropy(
+    seed: int, shape: tuple[int, ...], scale: float, shift: float
+) -> None:
+    teacher, student = logits(seed, shape, scale), logits(seed + 1, shape, scale)
+    total, mean, least, shifted = (
+        attention_cross_entropy(teacher, other, reduction=reduction).item()
+        for other, reduction in (
+            (student, "sum"),
+            (student, "mean"),
+            (teacher, "sum"),
+            (student + shift, "sum"),
+        )
+    )
+    assert total == pytest.approx(shape[0] * mean, rel=1e-5, abs=1e-7)
+    assert total >= least * (1 - 1e-5) - 1e-6
+    assert shifted == pytest.approx(total, rel=1e-4, abs=1e-4)  # a map does not change with a shift
+
+
+def test_equal_maps_give_the_entropy() -> None:
+    teacher = logits(0)
+    p = teacher.double().softmax(dim=-1)
+    entropy = -(p * p.log()).sum(dim=-1).mean(dim=(1, 2, 3)).sum()
+    found = attention_cross_entropy(teacher, teacher, reduction="sum")
+    assert found.item() == pytest.approx(entropy.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("layers", [1, 6])
+def test_a_uniform_student_map_gives_the_logarithm_of_the_number_of_keys_per_layer(layers: int) -> None:
+    teacher, student = logits(0, (layers, 2, 3, 7, 7)), torch.full((layers, 2, 3, 7, 7), 4.0)
+    for reduction, factor in (("sum", layers), ("mean", 1)):
+        found = attention_cross_entropy(teacher, student, reduction=reduction)
+        assert found.item() == pytest.approx(factor * math.log(7), rel=1e-6)
+
+
+@reductions
+def test_gradient_with_finite_differences(reduction: Reduction) -> None:
+    # `.float()` in the loss would hide a wrong gradient in float32's rounding: perturbations are large.
+    teacher, student = logits(0), logits(1).requires_grad_()
+    attention_cross_entropy(teacher, student, reduction=reduction).backward()
+    step, flat = 2e-2, student.detach().flatten()
+    for index in range(0, flat.numel(), 7):
+        moved = [flat.clone(), flat.clone()]
+        moved[0][index] += step
+        moved[1][index] -= step
+        up, down = (
+            sum(naive(teacher.numpy().astype(float), m.view(SHAPE).numpy().astype(float))) for m in moved
+        )
+        expected = (up - down) / (2 * step) / (1 if reduction == "sum" else SHAPE[0])
+        assert student.grad.flatten()[index].item() == pytest.approx(expected, abs=2e-5)
+
+
+@reductions
+def test_gradient_is_student_minus_teacher_map(reduction: Reduction) -> None:
+    teacher, student = logits(0), logits(1).requires_grad_()
+    attention_cross_entropy(teacher, student, reduction=reduction).backward()
+    rows = SHAPE[1] * SHAPE[2] * SHAPE[3] * (1 if reduction == "sum" else SHAPE[0])
+    expected = (student.detach().softmax(dim=-1) - teacher.softmax(dim=-1)) / rows
+    torch.testing.assert_close(student.grad, expected, atol=1e-7, rtol=1e-5)
+
+
+def test_extreme_logits_stay_finite() -> None:
+    teacher = torch.zeros(SHAPE)
+    teacher[..., 0] = 1e4
+    student = (-teacher).requires_grad_()
+    loss = attention_cross_entropy(teacher, student, reduction="mean")
+    loss.backward()
+    assert loss.item() == pytest.approx(1e4 + math.log(3), rel=1e-6)
+    assert student.grad.isfinite().all()
+
+
+def test_other_shapes_are_refused_with_both_shapes() -> None:
+    with pytest.raises(ValueError, match=r"\(3, 2, 2, 5, 4\), got \(3, 2, 1, 5, 4\)"):
+        attention_cross_entropy(logits(0), logits(1)[:, :, :1], reduction="sum")

@@ -1,0 +1,151 @@
+"""A study on 8 x 8 images whose stages run in memory, in milliseconds."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from attention_transfer import stage
+from attention_transfer.assembly import Parts
+from attention_transfer.config import Study
+from attention_transfer.data import images, splits
+from attention_transfer.files import write_json
+from attention_transfer.layout import Layout
+from attention_transfer.models import vit
+
+PIPELINE = Path(__file__).parents[1] / "pipeline"
+DEPTH, HEADS, TOKENS, HEAD_DIM = 2, 2, 5, 8
+CPU = torch.device("cpu")
+
+_ARCHITECTURE = {"patch_size": 4, "width": 16, "depth": DEPTH, "heads": HEADS, "mlp_ratio": 2.0}
+_PARAMS: dict[str, Any] = {
+    "name": "tiny",
+    "seeds": (0,),
+    "data": {
+        "source": "fashion-mnist", "folder": "data", "train_split": "train", "test_split": "test",
+        "image_size": 8, "channels": 1, "labelled": 24, "validation": 9, "seed": 0,
+    },
+    "views": {"per_image": 2, "crop_scale": (0.5, 1.0), "crop_ratio": (0.8, 1.25), "flip": 0.5, "erase": 0.0},
+    "attention": {"source": "online", "dtype": "float16", "budget_gb": 1.0},
+    "training": {"precision": "float32", "clip_norm": None, "validate_every": 3},
+    "teachers": {
+        "first": {"kind": "untrained", "architecture": _ARCHITECTURE, "seed": 1},
+        "second": {"kind": "untrained", "architecture": {**_ARCHITECTURE, "mlp_ratio": 3.0}, "seed": 2},
+    },
+    "evaluation": {
+        "sets": ("validation",), "shifts": (), "severities": (), "shift_images": 9,
+        "calibration_bins": 5, "confidence": 0.95, "bootstrap": 10,
+    },
+    "ensembles": {},
+    "report": None,
+}  # fmt: skip
+_RUN: dict[str, Any] = {
+    "teacher": "first", "learning_rate": 0.01, "epochs": 3, "warmup_epochs": 1.0, "batch_size": 8,
+    "label_smoothing": 0.1,
+}  # fmt: skip
+METHODS: dict[str, dict[str, Any]] = {
+    "scratch": {},
+    "finetune": {},
+    "linear_probe": {},
+    "copy": {"layers": "all"},
+    "distill": {"layers": "all", "attention_loss": {"weight": 3.0}},
+}
+
+
+def make_study(method: str, changes: Mapping[str, Any] | None = None) -> Study:
+    """A study of one run, called `run`.
+
+    Args:
+        changes: values by dotted key, such as `runs.run.epochs`, over the default ones.
+    """
+    params = _copy({**_PARAMS, "runs": {"run": {"method": method, **_RUN, **METHODS[method]}}})
+    for key, value in (changes or {}).items():
+        *path, last = key.split(".")
+        node = params
+        for part in path:
+            node = node[part]
+        node[last] = value
+    return Study.model_validate(params)
+
+
+def _copy(value: Any) -> Any:
+    return {key: _copy(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def write_inputs(folder: Path) -> None:
+    """Writes images, splits and teachers below `folder`, where the stages then have to run."""
+    study, layout = make_study("scratch"), Layout("tiny")
+    generator = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    pixels = generator.integers(0, 120, (60, 1, 8, 8)) + 60 * labels[:, None, None, None] * np.eye(
+        8, dtype=int
+    )
+    train = images.ImageSet(np.clip(pixels, 0, 255).astype(np.uint8), labels)
+    test = images.ImageSet(train.images[:12], labels[:12])
+    images.save(folder / layout.images, "made up", ["a", "b", "c"], {"train": train, "test": test})
+    splits.save(folder / layout.splits, splits.draw(labels, study.data))
+    write_json(folder / layout.resolved("run"), {})
+    for name, teacher in study.teachers.items():
+        arguments = vit.model_arguments(teacher.architecture, image_size=8, channels=1, classes=0)
+        model = vit.create(arguments, seed=teacher.seed)
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(teacher.seed)
+            for block in model.blocks:
+                block.attn.qkv.weight.normal_(std=0.5)  # maps that are far from uniform
+        vit.save(folder / layout.teacher(name), model, arguments)
+
+
+def script(name: str) -> ModuleType:
+    """A script of pipeline/ as a module."""
+    qualified = f"pipeline_{name}"
+    if qualified not in sys.modules:
+        spec = importlib.util.spec_from_file_location(qualified, PIPELINE / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[qualified] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[qualified])
+    return sys.modules[qualified]
+
+
+@dataclass
+class InMemory(stage.Stage):
+    """A stage that does its work without tracking, and never from a checkpoint."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    unique: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def run(
+        self,
+        *,
+        params: Mapping[str, Any],
+        inputs: Mapping[str, str],
+        work: Callable[[], Mapping[str, float]],
+        live: bool,
+    ) -> None:
+        self.metrics = dict(work())
+
+    def checkpoints(self) -> Path:
+        return Path("checkpoints") / self.unique
+
+
+def train(study: Study) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Runs the stage `train` in the present folder: the student's weights and its metrics."""
+    path = PIPELINE / "train.py"
+    this = InMemory("train", {"run": "run", "seed": 0}, study, Path("params.yaml"), path, Layout("tiny"))
+    script("train").main(this)
+    return load_file(this.layout.student("run", 0) / vit.WEIGHTS), this.metrics
+
+
+def make_parts(study: Study) -> Parts:
+    return Parts(study, Layout("tiny"), CPU)
