@@ -169,7 +169,7 @@ def test_a_damaged_json_file_names_its_stage(content: bytes, tmp_path: Path) -> 
     with pytest.raises(StudyError, match="is damaged") as caught:
         files.read_json(path, made_by="data")
     assert caught.value.where == str(path)
-    assert caught.value.remedy.endswith("dvc repro --force data")
+    assert caught.value.remedy.endswith("dvc repro --force --single-item data")
 
 
 def test_a_folder_is_no_json_file(tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ def test_a_stage_explains_itself() -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
     assert answer.returncode == 0, answer.stderr
     for word in ("Trains one student", "--params", "--run", "--seed"):

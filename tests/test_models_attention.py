@@ -17,7 +17,14 @@ from torch import Tensor, nn
 from attention_transfer.models.attention import Attention, ValueAttention, hand_over, read, slim
 
 WIDTH, DEPTH, HEADS, TOKENS = 16, 3, 2, 5
-TINY: dict[str, Any] = {"img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS}
+TINY: dict[str, Any] = {
+    "img_size": 8,
+    "patch_size": 4,
+    "in_chans": 1,
+    "embed_dim": WIDTH,
+    "depth": DEPTH,
+    "num_heads": HEADS,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "plain": {"global_pool": "avg", "fc_norm": True},
     "class_token": {},

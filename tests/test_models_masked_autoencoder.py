@@ -118,12 +118,12 @@ def test_only_hidden_patches_count() -> None:
         order[:, : model.visible, None].expand(-1, -1, right.shape[-1]),
         torch.full((len(images), model.visible, right.shape[-1]), 100.0),
     )
-    model.decoder = Given(wrong_where_visible)
+    model.decoder = Given(wrong_where_visible)  # type: ignore[assignment]
     assert loss_and_order(model, images)[0].item() == 0
     for place in range(model.visible, PATCHES):
         once_wrong = right.clone()
         once_wrong[1, order[1, place]] += 2.0
-        model.decoder = Given(once_wrong)
+        model.decoder = Given(once_wrong)  # type: ignore[assignment]
         hidden = len(images) * (PATCHES - model.visible)
         assert loss_and_order(model, images)[0].item() == pytest.approx(2.0**2 / hidden, rel=1e-5)
 

@@ -120,8 +120,8 @@ class Recorded:
             self.losses.append({name: value.item() for name, value in losses.items()})
             return losses
 
-        self.method.loss = recorded_loss
-        self.task.losses = recorded_losses
+        self.method.loss = recorded_loss  # type: ignore[method-assign]
+        self.task.losses = recorded_losses  # type: ignore[method-assign]
 
     def gradients(self, epoch: int, step: int) -> dict[str, Tensor]:
         """Of one step, from the present weights."""

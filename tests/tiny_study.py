@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attention_transfer import stage
 from attention_transfer.assembly import Parts
-from attention_transfer.config import Study
+from attention_transfer.config import Study, Untrained
 from attention_transfer.data import images, splits
 from attention_transfer.files import write_json
 from attention_transfer.layout import Layout
@@ -97,6 +97,7 @@ def write_inputs(folder: Path) -> None:
     splits.save(folder / layout.splits, splits.draw(labels, study.data))
     write_json(folder / layout.resolved("run"), {})
     for name, teacher in study.teachers.items():
+        assert isinstance(teacher, Untrained)
         arguments = vit.model_arguments(teacher.architecture, image_size=8, channels=1, classes=0)
         model = vit.create(arguments, seed=teacher.seed)
         with torch.random.fork_rng(), torch.no_grad():

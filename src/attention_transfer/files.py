@@ -66,7 +66,9 @@ def read_json(path: Path, *, made_by: str) -> Any:
         ) from error
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StudyError(
-            f"is damaged: {error}", where=str(path), remedy=f"make it anew: dvc repro --force {made_by}"
+            f"is damaged: {error}",
+            where=str(path),
+            remedy=f"make it anew: dvc repro --force --single-item {made_by}",
         ) from error
 
 

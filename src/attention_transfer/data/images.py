@@ -86,7 +86,9 @@ def describe(folder: Path) -> Description:
         return Description(**read_json(path, made_by="data"))
     except TypeError as error:
         raise StudyError(
-            f"is damaged: {error}", where=str(path), remedy="make it anew: dvc repro --force data"
+            f"is damaged: {error}",
+            where=str(path),
+            remedy="make it anew: dvc repro --force --single-item data",
         ) from error
 
 
@@ -102,7 +104,7 @@ def load(folder: Path, split: str) -> ImageSet:
 
 
 def _load(path: Path, checksums: dict[str, str]) -> np.ndarray:
-    remedy = "make it anew: dvc repro --force data"
+    remedy = "make it anew: dvc repro --force --single-item data"
     try:
         array = np.load(path, allow_pickle=False)
         checksum = _checksum(array)

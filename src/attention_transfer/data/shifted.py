@@ -132,7 +132,7 @@ def load(folder: Path, set_name: str) -> tuple[ImageSet, np.ndarray]:
         raise StudyError(
             "is missing or damaged: its checksum is not the recorded one",
             where=str(path),
-            remedy="make it anew: dvc repro --force shifts",
+            remedy="make it anew: dvc repro --force --single-item shifts",
         )
     with np.load(path, allow_pickle=False) as arrays:
         return ImageSet(arrays["images"], arrays["labels"]), arrays["examples"]

@@ -80,7 +80,7 @@ def load(folder: Path, name: str) -> np.ndarray:
         StudyError: the file is missing or damaged.
     """
     path = folder / f"{name}.txt"
-    remedy = "make it anew: dvc repro --force split"
+    remedy = "make it anew: dvc repro --force --single-item split"
     try:
         lines = path.read_text(encoding="ascii").splitlines()
         indices = np.array([int(line) for line in lines[:-1]], np.int64)

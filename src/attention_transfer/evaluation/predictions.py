@@ -107,5 +107,5 @@ def _damaged(path: Path, problem: str, made_by: str) -> StudyError:
     return StudyError(
         f"is damaged: {problem}",
         where=str(path),
-        remedy=f"delete this file and run: dvc repro --force {made_by}",
+        remedy=f"delete this file and run: dvc repro --force --single-item {made_by}",
     )

@@ -54,6 +54,6 @@ def load(folder: Path, *, made_by: str) -> VisionTransformer:
     config = read_json(folder / vit.CONFIG, made_by=made_by)
     student = VisionTransformer(**vit.read_arguments(folder, made_by=made_by))
     slim(student, config.get(COPIED, ()))
-    remedy = f"make it anew: dvc repro --force {made_by}"
+    remedy = f"make it anew: dvc repro --force --single-item {made_by}"
     vit.insert(student, vit.load_weights(folder / vit.WEIGHTS, made_by=remedy), where=folder / vit.WEIGHTS)
     return student.eval()

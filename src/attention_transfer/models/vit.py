@@ -97,7 +97,9 @@ def read_arguments(folder: Path, *, made_by: str) -> dict[str, Any]:
 def load(folder: Path, *, made_by: str) -> VisionTransformer:
     """The model that `save` wrote, in eval mode."""
     model = VisionTransformer(**read_arguments(folder, made_by=made_by))
-    weights = load_weights(folder / WEIGHTS, made_by=f"make it anew: dvc repro --force {made_by}")
+    weights = load_weights(
+        folder / WEIGHTS, made_by=f"make it anew: dvc repro --force --single-item {made_by}"
+    )
     insert(model, weights, where=folder / WEIGHTS)
     return model.eval()
 

@@ -377,11 +377,15 @@ def _images(path: Path, stage: str, keys: tuple[str, ...]) -> dict[str, np.ndarr
         ) from error
     except (ValueError, OSError, EOFError, BadZipFile) as error:
         raise StudyError(
-            f"is damaged: {error}", where=str(path), remedy=f"make it anew: dvc repro --force {stage}"
+            f"is damaged: {error}",
+            where=str(path),
+            remedy=f"make it anew: dvc repro --force --single-item {stage}",
         ) from error
     if missing := [key for key in keys if key not in arrays]:
         raise StudyError(
-            f"lacks {', '.join(missing)}", where=str(path), remedy=f"make it anew: dvc repro --force {stage}"
+            f"lacks {', '.join(missing)}",
+            where=str(path),
+            remedy=f"make it anew: dvc repro --force --single-item {stage}",
         )
     return arrays
 

@@ -187,7 +187,9 @@ def _table(path: Path, stage: str, columns: list[str]) -> pd.DataFrame:
 
 
 def _damaged(path: Path, stage: str, problem: str) -> StudyError:
-    return StudyError(problem, where=str(path), remedy=f"make it anew: dvc repro --force {stage}")
+    return StudyError(
+        problem, where=str(path), remedy=f"make it anew: dvc repro --force --single-item {stage}"
+    )
 
 
 def _scores(study: Study, path: Path) -> pd.DataFrame:

@@ -177,7 +177,7 @@ def _read_records(metrics: Path, root: Path, locks: Mapping[str, Path]) -> list[
             raise StudyError(
                 f"lacks {', '.join(missing)}",
                 where=str(path),
-                remedy=f"make it anew: dvc repro --force {'@'.join(place[:1])}",
+                remedy=f"make it anew: dvc repro --force --single-item {'@'.join(place[:1])}",
             )
         details = {
             name: content[name] for name in ("versions", "machine", "peak_memory_mb") if name in content
@@ -204,7 +204,7 @@ def _read_points(folder: Path) -> dict[tuple[str, int], float]:
             raise StudyError(
                 f"is damaged: {error!r}",
                 where=str(curve),
-                remedy="make it anew: dvc repro --force of its stage",
+                remedy="make it anew: dvc repro --force --single-item of its stage",
             ) from error
     if summary.exists():
         for name, text in flatten(files.read_json(summary, made_by="of its stage")).items():
