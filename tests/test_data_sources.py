@@ -212,8 +212,8 @@ def test_other_sizes_and_channels(contents: dict[str, bytes], tmp_path: Path) ->
     assert (coloured.images == coloured.images[:, :1]).all()
     assert np.array_equal(coloured.labels, plain.labels)
     # Half the size with a smoothing filter keeps the mean.
-    means = (part.images.mean(axis=(1, 2, 3)) for part in (plain, coloured))
-    np.testing.assert_allclose(*means, atol=2)
+    first, second = (part.images.mean(axis=(1, 2, 3)) for part in (plain, coloured))
+    np.testing.assert_allclose(first, second, atol=2)
 
 
 # Folders of images, through timm

@@ -49,14 +49,18 @@ def test_a_file_is_replaced_whole(path: Path) -> None:
 def test_content_is_on_the_disk_before_it_has_its_name(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """fsync of the file, then rename, then fsync of the folder: the order that survives a power cut."""
     events: list[str] = []
-    fsync, replace = os.fsync, os.replace
+    fsync, rename = os.fsync, os.replace
 
     def synced(descriptor: int) -> None:
         events.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file")  # noqa: PTH112
         fsync(descriptor)
 
+    def renamed(source: Path, target: Path) -> None:
+        events.append("rename")
+        rename(source, target)
+
     monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("rename"), replace(a, b)))
+    monkeypatch.setattr(os, "replace", renamed)
     files.write_text(path, NEW)
     assert events == ["file", "rename", "folder"]
 

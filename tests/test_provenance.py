@@ -90,11 +90,9 @@ def test_the_same_files_as_pythons_module_finder(script: Path) -> None:
     finder = modulefinder.ModuleFinder(path=[str(ROOT / "src")])
     finder.run_script(str(script))
     package = provenance.PACKAGE.resolve()
-    found = {
-        Path(module.__file__).resolve()
-        for module in finder.modules.values()
-        if module.__file__ and package in Path(module.__file__).resolve().parents
-    }
+    origins = {getattr(module, "__file__", None) for module in finder.modules.values()}
+    files = {Path(origin).resolve() for origin in origins if origin}
+    found = {path for path in files if package in path.parents}
     counted = {path for path in found - provenance.NEUTRAL if package / "tracking" not in path.parents}
     assert set(provenance.imported_files(script)) == counted
     assert package / "config.py" in found
