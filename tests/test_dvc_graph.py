@@ -85,7 +85,7 @@ def test_every_script_that_is_a_stage_is_in_the_graph() -> None:
 @pytest.mark.parametrize("name", STAGES)
 def test_deps_are_the_code_that_is_used(name: str) -> None:
     code = [path for path in paths(STAGES[name]["deps"]) if path.startswith(("src/", "pipeline/"))]
-    used = {str(path.relative_to(ROOT)) for path in (script(name), *provenance.imported_files(script(name)))}
+    used = {str(path.relative_to(ROOT)) for path in (script(name), *provenance.code_files(script(name)))}
     # Each run's defaults are config.py's: `resolve` writes them out, and runs again when they change.
     used |= {"src/attention_transfer/config.py"} if name == "resolve" else set()
     assert set(code) == used

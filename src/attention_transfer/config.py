@@ -46,6 +46,7 @@ Shift = Literal[
     "translate",
 ]
 SHIFTS: tuple[str, ...] = get_args(Shift)
+SMALLEST_SHIFTED = 16  # pixels: below that, blurs and noise of these strengths leave no image
 
 
 class Section(BaseModel):
@@ -348,6 +349,11 @@ class Study(Section):
         if self.report is not None:
             for part in ("scratch", "finetune", "copied", "distilled"):
                 _known(f"report.{part}", getattr(self.report, part), self.runs)
+        if "shifts" in self.evaluation.sets and self.data.image_size < SMALLEST_SHIFTED:
+            raise ValueError(
+                f"data.image_size: {self.data.image_size} is too small for evaluation.sets: shifts, "
+                f"which need {SMALLEST_SHIFTED} pixels"
+            )
         if "shifts" in self.evaluation.sets and not (self.evaluation.shifts and self.evaluation.severities):
             raise ValueError("evaluation.shifts: is empty although evaluation.sets names shifts")
         return self

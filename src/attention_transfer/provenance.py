@@ -61,9 +61,16 @@ def _imports(path: Path) -> list[str]:
     return [name for name in {*names, *packages} if name.startswith(PACKAGE.name + ".")]
 
 
+def code_files(script: Path) -> tuple[Path, ...]:
+    """What `imported_files` finds, and the templates that lie beside it."""
+    imported = imported_files(script)
+    templates = {template for file in imported for template in file.parent.glob("templates/*.j2")}
+    return tuple(sorted({*imported, *templates}))
+
+
 def code_fingerprint(script: Path) -> str:
     """Hash of a stage's script and of every file of this package that it uses."""
-    files = [script.resolve(), *imported_files(script.resolve())]
+    files = [script.resolve(), *code_files(script.resolve())]
     return fingerprint({path.name + str(i): sha256(path) for i, path in enumerate(files)})
 
 

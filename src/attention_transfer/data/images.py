@@ -64,6 +64,12 @@ def save(folder: Path, source: str, classes: list[str], splits: dict[str, ImageS
     train = splits["train"].images
     # Per channel over 10,000 evenly spaced images: the statistics of a large set, in one pass of memory.
     sample = train[:: max(1, len(train) // 10_000)].astype(np.float64) / 255
+    if not sample.std(axis=(0, 2, 3)).all():
+        raise StudyError(
+            "a channel has the same value in every training image: there is nothing to normalise or to learn",
+            where=f"data.source {source}",
+            remedy="check the images, or set data.channels: 1",
+        )
     description = Description(
         source=source,
         classes=classes,
