@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from attention_transfer import config, provenance, tracking
 from attention_transfer.errors import StudyError
 from attention_transfer.files import fingerprint, write_json, write_text
@@ -33,6 +35,7 @@ class Stage:
         name: of the stage family, such as `train`.
         instance: what tells this instance from the others, such as run and seed.
         study: the whole params.yaml, checked.
+        started: when the process began, imports included.
         params: the part of it that this stage's result depends on, resolved.
     """
 
@@ -42,7 +45,7 @@ class Stage:
     params_file: Path
     script: Path
     layout: Layout
-    started: float = field(default_factory=time.time)
+    started: float = field(default_factory=lambda: psutil.Process().create_time())
     tracker: tracking.Tracker = field(default_factory=tracking.Unshown)
     params: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
