@@ -18,13 +18,13 @@ study: setup
 	python -m attention_transfer show --params $(PARAMS)
 
 test: setup
-	python -m pytest -n 2 --dist loadgroup
+	python -m pytest -n 2 --dist loadfile
 
 check: setup
 	ruff format --check .
 	ruff check .
 	mypy
-	python -m pytest -n 2 -q -m "not slow"
+	python -m pytest -n 2 --dist loadfile -q -m "not slow"
 
 # Fashion-MNIST comes with a Debian package; elsewhere, or without the right to install, torchvision downloads it.
 setup: $(READY)
