@@ -100,6 +100,7 @@ def validation(parts: Parts, name: str, method: Method) -> Callable[[nn.Module],
     """A function from a model to its accuracy and mean cross-entropy on the validation images."""
     images, examples = parts.evaluated("validation")
     clean, labels = parts.clean(images.images), torch.from_numpy(images.labels)
+    bfloat16 = parts.study.training.precision == "bfloat16"
     attention = parts.attention(name, "validation") if method.teacher_at_inference else None
 
     def evaluate(model: nn.Module) -> tuple[float, float]:
@@ -107,8 +108,9 @@ def validation(parts: Parts, name: str, method: Method) -> Callable[[nn.Module],
 
         def predict(rows: np.ndarray) -> Tensor:
             batch = clean(rows)
-            given = attention(batch, examples[rows], views.CLEAN) if attention else None
-            return method.logits(model, batch, given)
+            with torch.autocast(parts.device.type, torch.bfloat16, enabled=bfloat16):
+                given = attention(batch, examples[rows], views.CLEAN) if attention else None
+                return method.logits(model, batch, given)
 
         logits = predict_all(predict, len(labels)).double()
         accuracy = float((logits.argmax(dim=1) == labels).double().mean())
