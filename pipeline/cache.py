@@ -1,12 +1,14 @@
 """Writes one teacher's attention for the students' training views and the clean evaluation images."""
 
+from attention_transfer.stage import Stage, run_script
+
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from attention_transfer import plan, stage
+from attention_transfer import plan
 from attention_transfer.assembly import CachedSet, Parts
 from attention_transfer.evaluation.predictions import BATCH
 from attention_transfer.files import sha256, write_json
@@ -15,7 +17,7 @@ from attention_transfer.transfer.attention_source import teacher_attention
 from attention_transfer.transfer.cache import CacheWriter
 
 
-def main(this: stage.Stage) -> None:
+def main(this: Stage) -> None:
     name, study = this.instance["teacher"], this.study
     parts = Parts(study, this.layout, machine.prepare())
     sets: list[CachedSet] = []
@@ -86,4 +88,4 @@ def write(parts: Parts, name: str, which: CachedSet) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    stage.main("cache", main, __file__, teacher=str)
+    run_script("cache", main, __file__, teacher=str)

@@ -1,12 +1,14 @@
 """Obtains the images, checks them, and stores them as arrays."""
 
+from attention_transfer.stage import Stage, run_script
+
 from typing import Any
 
-from attention_transfer import plan, stage
+from attention_transfer import plan
 from attention_transfer.data import images, sources
 
 
-def main(this: stage.Stage) -> None:
+def main(this: Stage) -> None:
     """The first stage: whatever can be known to fail later is refused here."""
     data = this.study.data
     plan.check_room(this.study, this.layout, this.params_file)
@@ -21,4 +23,4 @@ def main(this: stage.Stage) -> None:
 
 
 if __name__ == "__main__":
-    stage.main("data", main, __file__)
+    run_script("data", main, __file__)

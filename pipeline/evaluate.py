@@ -1,12 +1,13 @@
 """Computes every metric from the stored predictions: scores, detection, ensembles, comparisons."""
 
+from attention_transfer.stage import Stage, run_script
+
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from attention_transfer import stage
 from attention_transfer.data import shifted
 from attention_transfer.evaluation import ensembles, metrics, ood, predictions, statistics
 from attention_transfer.evaluation.predictions import Predictions
@@ -16,7 +17,7 @@ from attention_transfer.files import fingerprint, sha256, write_text
 class Store:
     """Predictions by run, seed and set, each read once."""
 
-    def __init__(self, this: stage.Stage) -> None:
+    def __init__(self, this: Stage) -> None:
         self.this = this
         self.read: dict[tuple[str, int, str], Predictions] = {}
 
@@ -28,7 +29,7 @@ class Store:
         return self.read[key]
 
 
-def main(this: stage.Stage) -> None:
+def main(this: Stage) -> None:
     study, layout = this.study, this.layout
     store = Store(this)
 
@@ -71,7 +72,7 @@ def main(this: stage.Stage) -> None:
     )
 
 
-def sets(this: stage.Stage) -> list[tuple[str, str, str, int]]:
+def sets(this: Stage) -> list[tuple[str, str, str, int]]:
     """File name, set, shift and severity of every labelled set of the task."""
     evaluation = this.study.evaluation
     own = [(name, name, "", 0) for name in ("validation", "test") if name in evaluation.sets]
@@ -81,7 +82,7 @@ def sets(this: stage.Stage) -> list[tuple[str, str, str, int]]:
     ]
 
 
-def scores(this: stage.Stage, store: Store) -> pd.DataFrame:
+def scores(this: Stage, store: Store) -> pd.DataFrame:
     """One row a run, seed and set.
 
     The set `unshifted` holds the very test images that are shifted, as they are: a drop under a shift is
@@ -111,7 +112,7 @@ def scores(this: stage.Stage, store: Store) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def detection(this: stage.Stage, store: Store) -> pd.DataFrame:
+def detection(this: Stage, store: Store) -> pd.DataFrame:
     """How well the confidence tells the test images from another data set's."""
     columns = ["run", "seed", "set", "score", "auroc", "fpr95"]
     if not {"test", shifted.DIGITS} <= set(this.study.evaluation.sets):
@@ -125,7 +126,7 @@ def detection(this: stage.Stage, store: Store) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def combinations(this: stage.Stage, store: Store) -> pd.DataFrame:
+def combinations(this: Stage, store: Store) -> pd.DataFrame:
     """Ensembles of two members: of the same seed, or of two seeds of one run."""
     study = this.study
     rows = []
@@ -145,7 +146,7 @@ def combinations(this: stage.Stage, store: Store) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def comparisons(this: stage.Stage, store: Store) -> pd.DataFrame:
+def comparisons(this: Stage, store: Store) -> pd.DataFrame:
     """Differences of accuracy between every two runs, on the test set and on each shift over severities."""
     study, evaluation = this.study, this.study.evaluation
     groups: dict[tuple[str, str], list[str]] = {}
@@ -181,4 +182,4 @@ def comparisons(this: stage.Stage, store: Store) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    stage.main("evaluate", main, __file__)
+    run_script("evaluate", main, __file__)

@@ -1,12 +1,13 @@
 """Stores attention maps of the teacher and of students for a few test images, for the report's figure."""
 
+from attention_transfer.stage import Stage, run_script
+
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from attention_transfer import stage
 from attention_transfer.assembly import Parts
 from attention_transfer.files import atomic, fingerprint, sha256
 from attention_transfer.models import students
@@ -14,7 +15,7 @@ from attention_transfer.models.attention import read
 from attention_transfer.training import machine
 
 
-def main(this: stage.Stage) -> None:
+def main(this: Stage) -> None:
     study, layout = this.study, this.layout
     parts = Parts(study, layout, machine.prepare())
     # A copy student's maps are the teacher's.
@@ -80,4 +81,4 @@ def maps(model: nn.Module, images: torch.Tensor, layers: tuple[int, ...]) -> np.
 
 
 if __name__ == "__main__":
-    stage.main("maps", main, __file__)
+    run_script("maps", main, __file__)

@@ -1,5 +1,7 @@
 """Stores one student's logits on every image set; what is there and still matches is kept."""
 
+from attention_transfer.stage import Stage, run_script
+
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +10,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from attention_transfer import stage
 from attention_transfer.assembly import CachedSet, Parts
 from attention_transfer.data import shifted, views
 from attention_transfer.data.images import ImageSet
@@ -21,7 +22,7 @@ from attention_transfer.transfer import methods
 from attention_transfer.transfer.attention_source import AttentionSource
 
 
-def main(this: stage.Stage) -> None:
+def main(this: Stage) -> None:
     name, seed = this.instance["run"], this.instance["seed"]
     study, layout = this.study, this.layout
     parts = Parts(study, layout, machine.prepare())
@@ -66,14 +67,14 @@ def main(this: stage.Stage) -> None:
     )
 
 
-def set_names(this: stage.Stage) -> list[str]:
+def set_names(this: Stage) -> list[str]:
     """Every image set that the study evaluates on."""
     evaluation = this.study.evaluation
     own = [which for which in ("validation", "test") if which in evaluation.sets]
     return own + list(shifted.wanted(evaluation, this.study.data))
 
 
-def set_fingerprint(this: stage.Stage, inputs: dict[str, str], which: str) -> str:
+def set_fingerprint(this: Stage, inputs: dict[str, str], which: str) -> str:
     """What the predictions on one set depend on: not on the other sets."""
     if which in ("validation", "test"):
         images: object = [inputs["images"], inputs["validation"] if which == "validation" else None]
@@ -115,4 +116,4 @@ def predictor(parts: Parts, name: str, seed: int) -> Callable[[str, ImageSet, np
 
 
 if __name__ == "__main__":
-    stage.main("predict", main, __file__, run=str, seed=int)
+    run_script("predict", main, __file__, run=str, seed=int)

@@ -1,5 +1,7 @@
 """Obtains one teacher: pre-trains it here, or takes the weights that the user brings."""
 
+from attention_transfer.stage import Stage, run_script
+
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from attention_transfer import config, stage
+from attention_transfer import config
 from attention_transfer.assembly import Parts
 from attention_transfer.errors import StudyError
 from attention_transfer.files import sha256, write_text
@@ -21,7 +23,7 @@ from attention_transfer.training.tasks import PretrainingTask
 CURVE = ["epoch", "step", "reconstruction_loss", "learning_rate"]
 
 
-def main(this: stage.Stage) -> None:
+def main(this: Stage) -> None:
     name = this.instance["teacher"]
     teacher = this.study.teachers[name]
     parts = Parts(this.study, this.layout, machine.prepare())
@@ -59,7 +61,7 @@ def main(this: stage.Stage) -> None:
 
 
 def masked_autoencoder(
-    this: stage.Stage, parts: Parts, teacher: config.MaskedAutoencoder, arguments: dict[str, object]
+    this: Stage, parts: Parts, teacher: config.MaskedAutoencoder, arguments: dict[str, object]
 ) -> tuple[torch.nn.Module, list[dict[str, float]], dict[str, float]]:
     """Pre-trains on the training images without labels, validation left out."""
     with torch.random.fork_rng(devices=[]):
@@ -105,7 +107,7 @@ def masked_autoencoder(
     )
 
 
-def from_file(this: stage.Stage, teacher: config.FromFile, arguments: dict[str, object]) -> torch.nn.Module:
+def from_file(this: Stage, teacher: config.FromFile, arguments: dict[str, object]) -> torch.nn.Module:
     """Takes an encoder that the user brings; a head in the file is left out, as students have their own."""
     where = this.where(f"teachers.{this.instance['teacher']}.path")
     path = Path(teacher.path)
@@ -128,4 +130,4 @@ def from_file(this: stage.Stage, teacher: config.FromFile, arguments: dict[str, 
 
 
 if __name__ == "__main__":
-    stage.main("pretrain", main, __file__, teacher=str)
+    run_script("pretrain", main, __file__, teacher=str)

@@ -1,16 +1,18 @@
 """Builds the report: tables, figures, claims, and the page."""
 
+from attention_transfer.stage import Stage, run_script
+
 import sys
 from pathlib import Path
 from typing import Any
 
-from attention_transfer import stage, tracking
+from attention_transfer import tracking
 from attention_transfer.errors import StudyError
 from attention_transfer.files import fingerprint, sha256
 from attention_transfer.reporting import page
 
 
-def main(this: stage.Stage) -> None:
+def main(this: Stage) -> None:
     study, layout = this.study, this.layout
 
     def work() -> dict[str, Any]:
@@ -40,4 +42,4 @@ def show_recorded_runs() -> None:
 
 
 if __name__ == "__main__":
-    stage.main("report", main, __file__)
+    run_script("report", main, __file__)

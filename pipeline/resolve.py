@@ -4,13 +4,14 @@ Training depends on this small file alone. So a new teacher, or another teacher'
 rerun this run; and a default changed in config.py reruns the runs whose values change.
 """
 
+from attention_transfer.stage import Stage, run_script
+
 from typing import Any
 
-from attention_transfer import stage
 from attention_transfer.files import read_json, sha256, write_json
 
 
-def main(this: stage.Stage) -> None:
+def main(this: Stage) -> None:
     name, study, layout = this.instance["run"], this.study, this.layout
     run = study.runs[name]
     uses: dict[str, object] = {
@@ -32,4 +33,4 @@ def main(this: stage.Stage) -> None:
 
 
 if __name__ == "__main__":
-    stage.main("resolve", main, __file__, run=str)
+    run_script("resolve", main, __file__, run=str)

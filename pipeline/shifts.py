@@ -1,17 +1,18 @@
 """Makes the shifted test images, each once, and the images of another data set."""
 
+from attention_transfer.stage import Stage, run_script
+
 import hashlib
 from typing import Any
 
 import numpy as np
 
-from attention_transfer import stage
 from attention_transfer.data import images, shifted
 from attention_transfer.files import write_json
 from attention_transfer.provenance import code_fingerprint
 
 
-def main(this: stage.Stage) -> None:
+def main(this: Stage) -> None:
     study, layout = this.study, this.layout
     description = images.describe(layout.images)
     evaluation = study.evaluation
@@ -45,4 +46,4 @@ def main(this: stage.Stage) -> None:
 
 
 if __name__ == "__main__":
-    stage.main("shifts", main, __file__)
+    run_script("shifts", main, __file__)

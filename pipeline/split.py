@@ -1,12 +1,13 @@
 """Draws the labelled, validation and pre-training images."""
 
+from attention_transfer.stage import Stage, run_script
+
 from typing import Any
 
-from attention_transfer import stage
 from attention_transfer.data import images, splits
 
 
-def main(this: stage.Stage) -> None:
+def main(this: Stage) -> None:
     data = this.study.data
     description = images.describe(this.layout.images)
 
@@ -24,4 +25,4 @@ def main(this: stage.Stage) -> None:
 
 
 if __name__ == "__main__":
-    stage.main("split", main, __file__)
+    run_script("split", main, __file__)

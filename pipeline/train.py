@@ -1,5 +1,7 @@
 """Trains one student with one seed."""
 
+from attention_transfer.stage import Stage, run_script
+
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +10,6 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from attention_transfer import stage
 from attention_transfer.assembly import Parts
 from attention_transfer.data import views
 from attention_transfer.evaluation.predictions import predict_all
@@ -22,7 +23,7 @@ from attention_transfer.transfer import methods
 from attention_transfer.transfer.method import Method
 
 
-def main(this: stage.Stage) -> None:
+def main(this: Stage) -> None:
     name, seed = this.instance["run"], this.instance["seed"]
     study, layout = this.study, this.layout
     run, layers = study.runs[name], study.layers(name)
@@ -127,4 +128,4 @@ def curve(rows: list[dict[str, float]]) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    stage.main("train", main, __file__, run=str, seed=int)
+    run_script("train", main, __file__, run=str, seed=int)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from attention_transfer.stage import Stage
+
 import gzip
 import hashlib
 import importlib.util
@@ -25,7 +27,6 @@ from attention_transfer.data import images, sources
 from attention_transfer.data.images import ImageSet
 from attention_transfer.errors import StudyError
 from attention_transfer.layout import Layout
-from attention_transfer.stage import Stage
 
 ROOT = Path(__file__).parents[1]
 TRAIN_IMAGES = "train-images-idx3-ubyte"

@@ -77,7 +77,7 @@ def test_every_script_that_is_a_stage_is_in_the_graph() -> None:
     scripts = {
         path.stem
         for path in (ROOT / "pipeline").glob("*.py")
-        if "stage.main(" in path.read_text(encoding="utf-8")
+        if "run_script(" in path.read_text(encoding="utf-8")
     }
     assert scripts == set(STAGES)
 
