@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from live_run import LiveRun, live_run
 
 from attention_transfer import provenance, tracking
 from attention_transfer.errors import StudyError
@@ -28,7 +30,7 @@ from attention_transfer.tracking.contents import flatten
 RACERS = 8
 # One interpreter loads mlflow once and forks: eight imports would take half a minute.
 RACE = """
-import os, signal, sys
+import os, signal, sys, threading
 from pathlib import Path
 from attention_transfer import tracking
 from attention_transfer.tracking import database
@@ -44,12 +46,13 @@ def race(number):
     def stop(*_):
         raise SystemExit(143)
     signal.signal(signal.SIGTERM, stop)
-    name = f"run-{number}"
+    name, is_open = f"run-{number}", threading.Event()
     with tracking.start(study="race", stage="train", name=name, params={"number": number}, fingerprint=name,
-                        seed=number, run="copy", inputs={}, resume_run_id=None, root=root) as tracker:
+                        seed=number, run="copy", inputs={}, resume_run_id=None,
+                        opened=lambda run_id: is_open.set(), patience=0.0, root=root) as tracker:
         for step in range(20):
             tracker.log_metrics({"loss": step / 2}, step)
-        if number == racers:
+        if number == racers and is_open.wait(60):
             os.kill(os.getpid(), signal.SIGKILL)
         if number == racers + 1:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -86,24 +89,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def begin(root: Path, request: pytest.FixtureRequest) -> Callable[..., Any]:
     def start(**changes: Any) -> Any:
-        given: dict[str, Any] = {
-            "study": request.node.name,
-            "stage": "train",
-            "name": "train-copy-0",
-            "params": {},
-            "fingerprint": "f0",
-            "seed": 0,
-            "run": "copy",
-            "inputs": {},
-            "resume_run_id": None,
-            "root": root,
-        }
-        return tracking.start(**(given | changes))
+        return live_run(**({"study": request.node.name, "root": root} | changes))
 
     return start
 
 
-def found(root: Path, tracker: tracking.Tracker) -> Any:
+def found(root: Path, tracker: LiveRun) -> Any:
     assert tracker.run_id is not None
     return database.connect(root).client.get_run(tracker.run_id)
 
@@ -201,6 +192,45 @@ def test_the_status_says_how_the_block_ended(
     assert raised.value is error
     assert found(root, tracker).info.status == status
     assert history(root, tracker.run_id, "loss") == [(1, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(None, None), (KeyboardInterrupt(), None), (ValueError("loss is NaN"), "FAILED")],
+    ids=["finished", "interrupted", "failed"],
+)
+def test_a_block_that_ends_within_the_patience_is_shown_only_if_it_failed(
+    begin: Callable[..., Any], root: Path, error: BaseException | None, status: str | None
+) -> None:
+    ids: list[str] = []
+    raises = pytest.raises(type(error)) if error else contextlib.nullcontext()
+    with raises, begin(patience=60.0, opened=ids.append, wait=False) as run:
+        run.log_metrics({"loss": 1.0}, 1)
+        if error:
+            raise error
+    assert [database.connect(root).client.get_run(found).info.status for found in ids] == (
+        [status] if status else []
+    )
+    for run_id in ids:
+        assert history(root, run_id, "loss") == [(1, 1.0)]
+
+
+def test_opening_holds_up_nothing(
+    begin: Callable[..., Any], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    connect = database.connect
+    monkeypatch.setattr(runs, "connect", lambda root: release.wait(30) and connect(root))
+    ids: list[str] = []
+    began = time.perf_counter()
+    with begin(opened=ids.append, wait=False) as run:
+        for step in range(50):
+            run.log_metrics({"loss": float(step)}, step)
+        assert time.perf_counter() - began < 1
+        assert ids == []
+        release.set()
+    assert history(root, ids[0], "loss") == [(step, float(step)) for step in range(50)]
+    assert connect(root).client.get_run(ids[0]).info.status == "FINISHED"
 
 
 def test_tags_params_inputs_and_parent(

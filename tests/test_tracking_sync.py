@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from live_run import live_run
 
 from attention_transfer import tracking
 from attention_transfer.errors import StudyError
@@ -87,20 +88,14 @@ def shown(root: Path, study: str) -> list[Any]:
 
 
 def live(root: Path, study: str, error: BaseException | None = None, **changes: Any) -> str:
-    given: dict[str, Any] = {
+    given = {
         "study": study,
-        "stage": "train",
-        "name": "train-copy-0",
-        "params": {"optimizer": {"lr": 0.1}},
-        "fingerprint": "train-copy-0",
-        "seed": 0,
-        "run": "copy",
-        "inputs": {},
-        "resume_run_id": None,
         "root": root,
+        "fingerprint": "train-copy-0",
+        "params": {"optimizer": {"lr": 0.1}},
     }
     expected = [type(error)] if error else []
-    with contextlib.suppress(*expected), tracking.start(**(given | changes)) as tracker:
+    with contextlib.suppress(*expected), live_run(**(given | changes)) as tracker:
         if error:
             raise error
     assert tracker.run_id is not None
@@ -213,18 +208,7 @@ def test_a_run_that_works_counts_until_its_process_has_gone(
 ) -> None:
     store, me = database.connect(root), psutil.Process()
     record()
-    with tracking.start(
-        study=study,
-        stage="train",
-        name="live",
-        params={},
-        fingerprint="train-copy-0",
-        seed=0,
-        run="copy",
-        inputs={},
-        resume_run_id=None,
-        root=root,
-    ) as tracker:
+    with live_run(study=study, root=root, name="live", fingerprint="train-copy-0") as tracker:
         report = tracking.sync(tmp_path / "metrics", root)
         assert (report.imported, report.killed, report.present) == ((), (), 1)
         # The same process id, taken over by another process.

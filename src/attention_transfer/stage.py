@@ -31,6 +31,7 @@ from attention_transfer.layout import Layout
 
 gc.set_threshold(50_000)
 
+SECONDS_BEFORE_SHOWN = 5.0  # mlflow takes 3 s to import and open, too much for work that takes seconds
 DONE = "done"  # in a checkpoint's folder: the stage has written all of its outputs
 
 
@@ -96,14 +97,12 @@ class Stage:
             params: by dotted name in params.yaml, everything that changes the result.
             inputs: hashes of what the stage reads, by name.
             work: does it, and returns the stage's metrics.
-            live: show it in MLflow while it runs. Connecting takes 3 s, so a stage that takes seconds
-                leaves its record to the report's `sync`.
+            live: show it in MLflow while it runs. Stages that take seconds leave their record to the
+                report's `sync`.
         """
         self.params, self.inputs = dict(params), dict(inputs)
         kept = self.checkpoints() / "mlflow_run_id"
         with self._tracked(kept) if live else contextlib.nullcontext(tracking.Unshown()) as self.tracker:
-            if self.tracker.run_id:
-                write_text(kept, self.tracker.run_id)
             metrics = work()
             write_json(self.record / "metrics.json", dict(metrics))
             shown = {key: value for key, value in metrics.items() if value is not None}
@@ -126,6 +125,8 @@ class Stage:
             run=self.instance.get("run"),
             inputs=self.inputs,
             resume_run_id=kept.read_text().strip() if kept.exists() else None,
+            opened=lambda run_id: write_text(kept, run_id),
+            patience=0.0 if kept.exists() else SECONDS_BEFORE_SHOWN,
             root=Path(),
         )
 

@@ -1,4 +1,4 @@
-"""One run, shown live: metrics are buffered and sent by a background thread that never stops training."""
+"""One run, shown live: everything is sent by a background thread that never stops the work."""
 
 from __future__ import annotations
 
@@ -25,10 +25,6 @@ BATCH = 1000  # MLflow's limit of metrics in one call
 class Tracker(Protocol):
     """Takes what a stage wants to show. Nothing here raises or waits for a store."""
 
-    @property
-    def run_id(self) -> str | None:
-        """MLflow's id of the run; None where the store could not be opened."""
-
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Shows values at a step (the epoch, as in curve.csv); the first value of a name and step counts."""
 
@@ -48,21 +44,27 @@ def start(
     run: str | None,
     inputs: Mapping[str, str],
     resume_run_id: str | None,
+    opened: Callable[[str], None],
+    patience: float,
     root: Path,
 ) -> Iterator[Tracker]:
     """Shows the block as a run, a child of its study's: FINISHED, FAILED or KILLED as the block ends.
 
-    A store that fails costs one warning line and less than 10 s: `sync` imports the run later.
+    Opening takes 3 s, in the background. A store that fails costs one warning line and less than 10 s:
+    `sync` imports the run later.
 
     Args:
         params: nested as in params.yaml; logged under dotted names.
         inputs: digest of each named input, logged as data sets.
         resume_run_id: the run to go on with; a new one is made if the store does not hold it, or
             holds it with another fingerprint. Steps that it has already logged are not logged again.
+        opened: called in the background with MLflow's id of the run, once it has one.
+        patience: seconds before the run is opened. A block that ends sooner is not shown: its record is
+            there for `sync`. One that fails sooner is.
         root: repository; the default store lies in DVC_ROOT, or here.
     """
-    tracker: _LiveRun | Unshown
-    try:
+
+    def open_run() -> tuple[Store, str, dict[str, set[int]]]:
         store = connect(root)
         tags = {
             **run_tags(
@@ -80,12 +82,12 @@ def start(
         run_id, logged = _resume(store, resume_run_id, fingerprint, tags) or (None, {})
         if run_id is None:
             run_id = store.client.create_run(store.experiment, run_name=name, tags=tags).info.run_id
+        opened(run_id)
         log_params(store, run_id, params)
         log_inputs(store, run_id, inputs)
-        tracker = _LiveRun(store, run_id, logged, address(root))
-    except Exception as error:  # whatever is wrong with the view, the study does not need it
-        _warn(address(root), error)
-        tracker = Unshown()
+        return store, run_id, logged
+
+    tracker = _LiveRun(open_run, patience, address(root))
     try:
         yield tracker
     except (KeyboardInterrupt, SystemExit):
@@ -130,9 +132,7 @@ def _warn(uri: str, error: BaseException) -> None:
 
 
 class Unshown:
-    """Shows nothing: where the store could not be opened, and in stages that `sync` shows afterwards."""
-
-    run_id: str | None = None
+    """Shows nothing: in stages that `sync` shows afterwards."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         pass
@@ -140,39 +140,39 @@ class Unshown:
     def log_artifact(self, path: Path) -> None:
         pass
 
-    def close(self, status: str) -> None:
-        pass
-
 
 class _LiveRun:
-    """A run in the store, to which one background thread sends what has gathered.
+    """A run that one background thread opens, and to which it sends what has gathered.
 
     A run that could not be sent whole is left RUNNING: `sync` then sees that its process has gone and
     imports the whole run from its record, which it would not do beside a FINISHED one.
+
+    Args:
+        open_run: opens it; gives the store, the run's id, and the steps that it holds of each metric.
     """
 
-    def __init__(self, store: Store, run_id: str, logged: dict[str, set[int]], uri: str) -> None:
-        self.run_id: str | None = run_id
-        self._client, self._id, self._logged, self._uri = store.client, run_id, logged, uri
+    def __init__(
+        self, open_run: Callable[[], tuple[Store, str, dict[str, set[int]]]], patience: float, uri: str
+    ) -> None:
+        self._open_run, self._patience, self._uri = open_run, patience, uri
         self._status = "FINISHED"
         self._warned = False
         self._guard = threading.Lock()
-        self._metrics: list[Any] = []
+        self._seen: dict[str, set[int]] = {}
+        self._metrics: list[tuple[str, float, int, int]] = []
         self._artifacts: list[Path] = []
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        from mlflow.entities import Metric
-
         now = int(time.time() * 1000)
         with self._guard:
             for key, value in metrics.items():
-                steps = self._logged.setdefault(key, set())
+                steps = self._seen.setdefault(key, set())
                 if step not in steps:
                     steps.add(step)
-                    self._metrics.append(Metric(key, float(value), now, step))
+                    self._metrics.append((key, float(value), now, step))
 
     def log_artifact(self, path: Path) -> None:
         with self._guard:
@@ -187,11 +187,22 @@ class _LiveRun:
             self._fail(TimeoutError(f"no answer within {CLOSE_SECONDS:.0f} s"))
 
     def _work(self) -> None:
-        pause = FLUSH_SECONDS
+        if self._closing.wait(self._patience) and self._patience and self._status != "FAILED":
+            return
+        try:
+            store, run_id, logged = self._open_run()
+        except Exception as error:  # whatever is wrong with the view, the study does not need it
+            self._fail(error)
+            return
+
+        def flush() -> None:
+            self._flush(store.client, run_id, logged)
+
+        pause = 0.0
         while not self._closing.wait(pause):
-            pause = FLUSH_SECONDS if self._attempt(self._flush) else RETRY_SECONDS
-        if self._attempt(self._flush):
-            self._attempt(lambda: self._client.set_terminated(self._id, self._status))
+            pause = FLUSH_SECONDS if self._attempt(flush) else RETRY_SECONDS
+        if self._attempt(flush):
+            self._attempt(lambda: store.client.set_terminated(run_id, self._status))
 
     def _attempt(self, action: Callable[[], None]) -> bool:
         try:
@@ -206,14 +217,17 @@ class _LiveRun:
             self._warned = True
             _warn(self._uri, error)
 
-    def _flush(self) -> None:
+    def _flush(self, client: Any, run_id: str, logged: dict[str, set[int]]) -> None:
         """Sends what has gathered. Sending a metric twice is harmless: its time stamp is part of its key."""
+        from mlflow.entities import Metric
+
         while True:
             with self._guard:
                 batch = self._metrics[:BATCH]
             if not batch:
                 break
-            self._client.log_batch(self._id, metrics=batch)
+            fresh = [Metric(*point) for point in batch if point[3] not in logged.get(point[0], ())]
+            client.log_batch(run_id, metrics=fresh)
             with self._guard:
                 del self._metrics[: len(batch)]
         while True:
@@ -222,4 +236,4 @@ class _LiveRun:
                     break
                 path = self._artifacts.pop(0)
             # Tried once: a file that cannot be shown must not hold up the metrics.
-            self._attempt(lambda path=path: self._client.log_artifact(self._id, str(path)))  # type: ignore[misc]
+            self._attempt(lambda path=path: client.log_artifact(run_id, str(path)))  # type: ignore[misc]
