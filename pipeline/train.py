@@ -49,7 +49,7 @@ def main(this: Stage) -> None:
             render=parts.renderer(examples, study.views),
             views=study.views.per_image,
             attention=parts.attention(name, "views") if layers else None,
-            accuracy=lambda model: validate(model)[0],
+            accuracy=lambda model: validate(model, study.training.curve_images)[0],
             batch_size=run.batch_size,
             seed=seed,
             device=parts.device,
@@ -68,7 +68,7 @@ def main(this: Stage) -> None:
         )
         students.save(layout.student(name, seed), model, arguments, layers if run.method == "copy" else ())
         write_text(this.record / "curve.csv", curve(history.rows).to_csv(index=False))
-        accuracy, loss = validate(model)
+        accuracy, loss = validate(model, study.data.validation)
         return {
             "validation_accuracy": accuracy,
             "validation_loss": loss,
@@ -97,14 +97,14 @@ def main(this: Stage) -> None:
     )
 
 
-def validation(parts: Parts, name: str, method: Method) -> Callable[[nn.Module], tuple[float, float]]:
-    """A function from a model to its accuracy and mean cross-entropy on the validation images."""
+def validation(parts: Parts, name: str, method: Method) -> Callable[[nn.Module, int], tuple[float, float]]:
+    """A function from a model to its accuracy and mean cross-entropy on the first so many validation images."""
     images, examples = parts.evaluated("validation")
     clean, labels = parts.clean(images.images), torch.from_numpy(images.labels)
     bfloat16 = parts.study.training.precision == "bfloat16"
     attention = parts.attention(name, "validation") if method.teacher_at_inference else None
 
-    def evaluate(model: nn.Module) -> tuple[float, float]:
+    def evaluate(model: nn.Module, count: int) -> tuple[float, float]:
         model.eval()
 
         def predict(rows: np.ndarray) -> Tensor:
@@ -113,9 +113,9 @@ def validation(parts: Parts, name: str, method: Method) -> Callable[[nn.Module],
                 given = attention(batch, examples[rows], views.CLEAN) if attention else None
                 return method.logits(model, batch, given)
 
-        logits = predict_all(predict, len(labels)).double()
-        accuracy = float((logits.argmax(dim=1) == labels).double().mean())
-        return accuracy, float(nn.functional.cross_entropy(logits, labels))
+        logits, expected = predict_all(predict, count).double(), labels[:count]
+        accuracy = float((logits.argmax(dim=1) == expected).double().mean())
+        return accuracy, float(nn.functional.cross_entropy(logits, expected))
 
     return evaluate
 

@@ -55,7 +55,7 @@ def study(
             "erase": 0.1,
         },
         "attention": {"source": "cache", "dtype": "float16", "budget_gb": 1.0},
-        "training": {"precision": "float32", "clip_norm": None, "validate_every": 5},
+        "training": {"precision": "float32", "clip_norm": None, "validate_every": 5, "curve_images": 50},
         "teachers": {"untrained": {"kind": "untrained", "architecture": architecture, "seed": 0}},
         "runs": {name: _run(name) for name in runs},
         "evaluation": {

@@ -299,6 +299,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("runs.linear_probe.layer_decay", 0.5, "runs.linear_probe.layer_decay, drop_path: linear_probe trains"),
     ("runs.scratch.warmup_epochs", 100, "runs.scratch.warmup_epochs: 100.0 is not below epochs, 100"),
     ("runs.scratch.min_learning_rate", 0.1, "runs.scratch.min_learning_rate: larger than learning_rate"),
+    ("training.curve_images", 3001, "training.curve_images: 3001 is more than the 3000 validation images"),
     ("runs.scratch.batch_size", 501, "runs.scratch.batch_size: 501 is more than the 500 labelled images"),
     ("runs.scratch.learning_rate", "1e-3x", "runs.scratch.learning_rate: '1e-3x' is refused"),
     ("runs.scratch.ema", 1.0, "runs.scratch.ema: 1.0 is refused"),

@@ -453,6 +453,17 @@ def test_a_damaged_description_is_refused(content: str, stored: Path) -> None:
     assert caught.value.where == str(stored / "dataset.json")
 
 
+def test_an_edited_value_of_the_description_is_refused(stored: Path) -> None:
+    path = stored / "dataset.json"
+    whole = path.read_text()
+    digits = [at for at, character in enumerate(whole) if character.isdecimal()]
+    for at in digits:
+        path.write_text(f"{whole[:at]}{(int(whole[at]) + 1) % 10}{whole[at + 1 :]}")
+        with pytest.raises(StudyError, match="is damaged") as caught:
+            images.describe(stored)
+        assert caught.value.where == str(path)
+
+
 def test_the_fingerprint_is_that_of_the_arrays(stored: Path, tmp_path: Path) -> None:
     train, test = images.load(stored, "train"), images.load(stored, "test")
     first = images.describe(stored).fingerprint

@@ -151,6 +151,7 @@ def edits(lines: list[str]) -> dict[str, list[str]]:
         "another count": [*lines[:-1], "# 99 indices"],
         "no count": lines[:-1],
         "no indices": ["# 100 indices"],
+        "another number": [*lines[:4], str((int(lines[3]) + int(lines[5])) // 2), *lines[5:]],
         "another script": [*lines[:5], "é", *lines[6:]],
     }
 

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attention_transfer import files
-from attention_transfer.errors import StudyError
+from attention_transfer.errors import StudyError, repro
 
 OLD, NEW = "old\n" * 1000, "new\n" * 2000
 
@@ -174,6 +174,27 @@ def test_a_damaged_json_file_names_its_stage(content: bytes, tmp_path: Path) -> 
         files.read_json(path, made_by="data")
     assert caught.value.where == str(path)
     assert caught.value.remedy.endswith("dvc repro --force --single-item data")
+
+
+@pytest.mark.parametrize(
+    ("at_work", "command"),
+    [
+        (None, "dvc repro --force --single-item split"),
+        ("train@copy-0", "dvc repro --force --single-item split"),
+        (
+            "studies/smoke/dvc.yaml:train@copy-0",
+            "dvc repro --force --single-item studies/smoke/dvc.yaml:split",
+        ),
+    ],
+)
+def test_a_remedy_names_the_graph_at_work(
+    at_work: str | None, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DVC_STAGE", raising=False)
+    if at_work:
+        monkeypatch.setenv("DVC_STAGE", at_work)
+    assert repro("split", again=True) == command
+    assert repro("split") == command.replace("--force --single-item ", "")
 
 
 def test_a_folder_is_no_json_file(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ _PARAMS: dict[str, Any] = {
     },
     "views": {"per_image": 2, "crop_scale": (0.5, 1.0), "crop_ratio": (0.8, 1.25), "flip": 0.5, "erase": 0.0},
     "attention": {"source": "online", "dtype": "float16", "budget_gb": 1.0},
-    "training": {"precision": "float32", "clip_norm": None, "validate_every": 3},
+    "training": {"precision": "float32", "clip_norm": None, "validate_every": 3, "curve_images": 8},
     "teachers": {
         "first": {"kind": "untrained", "architecture": _ARCHITECTURE, "seed": 1},
         "second": {"kind": "untrained", "architecture": {**_ARCHITECTURE, "mlp_ratio": 3.0}, "seed": 2},

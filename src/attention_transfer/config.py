@@ -255,7 +255,9 @@ class Training(Section):
     clip_norm: Annotated[float, Field(gt=0)] | None
     """Gradients are scaled down to this norm."""
     validate_every: Positive
-    """Epochs from one validation to the next; the last epoch is always validated."""
+    """Epochs from one point of the validation curve to the next; the last epoch always has one."""
+    curve_images: Positive
+    """The first so many validation images make the curve; a trained student is scored on all of them."""
 
 
 class Evaluation(Section):
@@ -324,6 +326,11 @@ class Study(Section):
         ):
             if len(set(values)) != len(values):
                 raise ValueError(f"{key}: {list(values)} names a value twice")
+        if self.training.curve_images > self.data.validation:
+            raise ValueError(
+                f"training.curve_images: {self.training.curve_images} is more than the "
+                f"{self.data.validation} validation images"
+            )
         for name, teacher in self.teachers.items():
             key, patch_size = f"teachers.{name}.architecture.patch_size", teacher.architecture.patch_size
             _divides(key, patch_size, "data.image_size", self.data.image_size)

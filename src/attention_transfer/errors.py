@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 
 class StudyError(Exception):
     """Something that the user can mend: printed as one message, without a traceback.
@@ -15,3 +17,12 @@ class StudyError(Exception):
     def __init__(self, problem: str, *, where: str, remedy: str) -> None:
         self.problem, self.where, self.remedy = problem, where, remedy
         super().__init__(f"{where}: {problem}\n  What to do: {remedy}")
+
+
+def repro(stage: str, *, again: bool = False) -> str:
+    """The command that makes a stage's outputs; `again` also where DVC takes them for made.
+
+    Presets have graphs of their own. The one at work is in a variable that DVC gives its stages.
+    """
+    graph, colon, _ = os.environ.get("DVC_STAGE", "").rpartition(":")
+    return f"dvc repro {'--force --single-item ' if again else ''}{graph}{colon}{stage}"

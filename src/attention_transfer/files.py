@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from attention_transfer.errors import StudyError
+from attention_transfer.errors import StudyError, repro
 
 TEMPORARY = ".tmp-"  # prefix of unfinished files; nothing reads a file of this name
 
@@ -62,13 +62,13 @@ def read_json(path: Path, *, made_by: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise StudyError(
-            "does not exist", where=str(path), remedy=f"run the stage that writes it: dvc repro {made_by}"
+            "does not exist", where=str(path), remedy=f"run the stage that writes it: {repro(made_by)}"
         ) from error
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StudyError(
             f"is damaged: {error}",
             where=str(path),
-            remedy=f"make it anew: dvc repro --force --single-item {made_by}",
+            remedy=f"make it anew: {repro(made_by, again=True)}",
         ) from error
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from attention_transfer.errors import StudyError
+from attention_transfer.errors import StudyError, repro
 from attention_transfer.files import atomic, fingerprint, read_json, write_json
 
 DESCRIPTION = "dataset.json"
@@ -38,6 +38,7 @@ class Description:
         classes: names, in order of their labels.
         mean, std: of the training images, per channel, pixels scaled to 0..1.
         checksums: xxh3 of each array's bytes, by file name.
+        digest: hash of all of this, as saved.
     """
 
     source: str
@@ -45,10 +46,16 @@ class Description:
     mean: list[float]
     std: list[float]
     checksums: dict[str, str]
+    digest: str = ""
 
     @property
     def fingerprint(self) -> str:
+        """Of the arrays: names do not count, and mean and std follow from them."""
         return fingerprint(self.checksums)
+
+    def hashed(self) -> str:
+        """What `digest` must be."""
+        return fingerprint({key: value for key, value in self.__dict__.items() if key != "digest"})
 
 
 def save(folder: Path, source: str, classes: list[str], splits: dict[str, ImageSet]) -> Description:
@@ -77,6 +84,7 @@ def save(folder: Path, source: str, classes: list[str], splits: dict[str, ImageS
         std=[round(float(value), 6) for value in sample.std(axis=(0, 2, 3))],
         checksums=checksums,
     )
+    description = replace(description, digest=description.hashed())
     write_json(folder / DESCRIPTION, description.__dict__)
     return description
 
@@ -88,14 +96,14 @@ def describe(folder: Path) -> Description:
         StudyError: it is missing or damaged.
     """
     path = folder / DESCRIPTION
+    remedy = f"make it anew: {repro('data', again=True)}"
     try:
-        return Description(**read_json(path, made_by="data"))
+        description = Description(**read_json(path, made_by="data"))
     except TypeError as error:
-        raise StudyError(
-            f"is damaged: {error}",
-            where=str(path),
-            remedy="make it anew: dvc repro --force --single-item data",
-        ) from error
+        raise StudyError(f"is damaged: {error}", where=str(path), remedy=remedy) from error
+    if description.digest != description.hashed():
+        raise StudyError("is damaged: its digest is not that of its values", where=str(path), remedy=remedy)
+    return description
 
 
 def load(folder: Path, split: str) -> ImageSet:
@@ -110,7 +118,7 @@ def load(folder: Path, split: str) -> ImageSet:
 
 
 def _load(path: Path, checksums: dict[str, str]) -> np.ndarray:
-    remedy = "make it anew: dvc repro --force --single-item data"
+    remedy = f"make it anew: {repro('data', again=True)}"
     try:
         array = np.load(path, allow_pickle=False)
         checksum = _checksum(array)

@@ -10,7 +10,7 @@ import xxhash
 
 from attention_transfer.config import Data, Evaluation
 from attention_transfer.data.images import ImageSet
-from attention_transfer.errors import StudyError
+from attention_transfer.errors import StudyError, repro
 from attention_transfer.files import atomic, fingerprint, read_json
 
 MANIFEST = "manifest.json"
@@ -132,7 +132,7 @@ def load(folder: Path, set_name: str) -> tuple[ImageSet, np.ndarray]:
         raise StudyError(
             "is missing or damaged: its checksum is not the recorded one",
             where=str(path),
-            remedy="make it anew: dvc repro --force --single-item shifts",
+            remedy=f"make it anew: {repro('shifts', again=True)}",
         )
     with np.load(path, allow_pickle=False) as arrays:
         return ImageSet(arrays["images"], arrays["labels"]), arrays["examples"]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from attention_transfer.config import Data
-from attention_transfer.errors import StudyError
+from attention_transfer.errors import StudyError, repro
 from attention_transfer.files import atomic
 
 NAMES = ("labelled", "validation", "pretrain")
@@ -70,7 +71,12 @@ def save(folder: Path, splits: dict[str, np.ndarray]) -> None:
     """Writes one index file a split, one number a line: a text file that `diff` can compare."""
     for name in NAMES:
         with atomic(folder / f"{name}.txt") as temporary:
-            np.savetxt(temporary, splits[name], fmt="%d", footer=f"{len(splits[name])} indices")
+            np.savetxt(temporary, splits[name], fmt="%d", footer=_footer(splits[name]))
+
+
+def _footer(indices: np.ndarray) -> str:
+    """The last line: a truncated file is never taken for a small split, an edited one for the drawn one."""
+    return f"{len(indices)} indices, xxh3 {xxhash.xxh3_64_hexdigest(indices.astype('<i8').tobytes())}"
 
 
 def load(folder: Path, name: str) -> np.ndarray:
@@ -80,15 +86,14 @@ def load(folder: Path, name: str) -> np.ndarray:
         StudyError: the file is missing or damaged.
     """
     path = folder / f"{name}.txt"
-    remedy = "make it anew: dvc repro --force --single-item split"
+    remedy = f"make it anew: {repro('split', again=True)}"
     try:
         lines = path.read_text(encoding="ascii").splitlines()
         indices = np.array([int(line) for line in lines[:-1]], np.int64)
     except (OSError, ValueError) as error:
         raise StudyError(f"cannot be read: {error}", where=str(path), remedy=remedy) from error
-    # The last line counts the others, so that a truncated file is never taken for a small split.
-    if not lines or lines[-1] != f"# {len(indices)} indices" or np.any(np.diff(indices) <= 0):
+    if not lines or lines[-1] != f"# {_footer(indices)}":
         raise StudyError(
-            "is damaged: its last line does not count its indices", where=str(path), remedy=remedy
+            "is damaged: its last line is not the checksum of its indices", where=str(path), remedy=remedy
         )
     return indices

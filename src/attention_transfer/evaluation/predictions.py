@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from attention_transfer.errors import StudyError
+from attention_transfer.errors import StudyError, repro
 from attention_transfer.files import atomic
 
 RECORD = "record"  # key of the file's metadata: fingerprint and checksum, as JSON
@@ -71,7 +71,9 @@ def load(path: Path, *, made_by: str) -> Predictions:
         tensors = load_file(path)
         checksum = _metadata(path)["checksum"]
     except FileNotFoundError as error:
-        raise StudyError("does not exist", where=str(path), remedy=f"dvc repro {made_by}") from error
+        raise StudyError(
+            "does not exist", where=str(path), remedy=f"run the stage that writes it: {repro(made_by)}"
+        ) from error
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise _damaged(path, str(error), made_by) from error
     if _checksum(tensors) != checksum:
@@ -107,5 +109,5 @@ def _damaged(path: Path, problem: str, made_by: str) -> StudyError:
     return StudyError(
         f"is damaged: {problem}",
         where=str(path),
-        remedy=f"delete this file and run: dvc repro --force --single-item {made_by}",
+        remedy=f"delete this file and run: {repro(made_by, again=True)}",
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from timm.models import VisionTransformer
 
+from attention_transfer.errors import repro
 from attention_transfer.files import read_json, write_json
 from attention_transfer.models import vit
 from attention_transfer.models.attention import slim
@@ -54,6 +55,6 @@ def load(folder: Path, *, made_by: str) -> VisionTransformer:
     config = read_json(folder / vit.CONFIG, made_by=made_by)
     student = VisionTransformer(**vit.read_arguments(folder, made_by=made_by))
     slim(student, config.get(COPIED, ()))
-    remedy = f"make it anew: dvc repro --force --single-item {made_by}"
+    remedy = f"make it anew: {repro(made_by, again=True)}"
     vit.insert(student, vit.load_weights(folder / vit.WEIGHTS, made_by=remedy), where=folder / vit.WEIGHTS)
     return student.eval()

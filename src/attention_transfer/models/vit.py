@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import VisionTransformer
 
 from attention_transfer.config import Architecture
-from attention_transfer.errors import StudyError
+from attention_transfer.errors import StudyError, repro
 from attention_transfer.files import atomic, read_json, write_json
 
 WEIGHTS = "model.safetensors"
@@ -97,9 +97,7 @@ def read_arguments(folder: Path, *, made_by: str) -> dict[str, Any]:
 def load(folder: Path, *, made_by: str) -> VisionTransformer:
     """The model that `save` wrote, in eval mode."""
     model = VisionTransformer(**read_arguments(folder, made_by=made_by))
-    weights = load_weights(
-        folder / WEIGHTS, made_by=f"make it anew: dvc repro --force --single-item {made_by}"
-    )
+    weights = load_weights(folder / WEIGHTS, made_by=f"make it anew: {repro(made_by, again=True)}")
     insert(model, weights, where=folder / WEIGHTS)
     return model.eval()
 

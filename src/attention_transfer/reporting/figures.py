@@ -23,7 +23,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from attention_transfer.config import Report, Study
-from attention_transfer.errors import StudyError
+from attention_transfer.errors import StudyError, repro
 from attention_transfer.evaluation.statistics import mean_interval
 from attention_transfer.files import atomic
 from attention_transfer.reporting.records import UNSHIFTED, Records
@@ -373,19 +373,19 @@ def _images(path: Path, stage: str, keys: tuple[str, ...]) -> dict[str, np.ndarr
             arrays = dict(archive)
     except FileNotFoundError as error:
         raise StudyError(
-            "does not exist", where=str(path), remedy=f"run the stage that writes it: dvc repro {stage}"
+            "does not exist", where=str(path), remedy=f"run the stage that writes it: {repro(stage)}"
         ) from error
     except (ValueError, OSError, EOFError, BadZipFile) as error:
         raise StudyError(
             f"is damaged: {error}",
             where=str(path),
-            remedy=f"make it anew: dvc repro --force --single-item {stage}",
+            remedy=f"make it anew: {repro(stage, again=True)}",
         ) from error
     if missing := [key for key in keys if key not in arrays]:
         raise StudyError(
             f"lacks {', '.join(missing)}",
             where=str(path),
-            remedy=f"make it anew: dvc repro --force --single-item {stage}",
+            remedy=f"make it anew: {repro(stage, again=True)}",
         )
     return arrays
 

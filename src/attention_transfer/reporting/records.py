@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from attention_transfer.config import SHIFTS, Study
-from attention_transfer.errors import StudyError
+from attention_transfer.errors import StudyError, repro
 from attention_transfer.files import read_json
 
 MEASURES = ("accuracy", "top5", "nll", "brier", "ece")
@@ -177,7 +177,7 @@ def _table(path: Path, stage: str, columns: list[str]) -> pd.DataFrame:
         frame = pd.read_csv(path)
     except FileNotFoundError as error:
         raise StudyError(
-            "does not exist", where=str(path), remedy=f"run the stage that writes it: dvc repro {stage}"
+            "does not exist", where=str(path), remedy=f"run the stage that writes it: {repro(stage)}"
         ) from error
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise _damaged(path, stage, f"is no table: {error}") from error
@@ -187,9 +187,7 @@ def _table(path: Path, stage: str, columns: list[str]) -> pd.DataFrame:
 
 
 def _damaged(path: Path, stage: str, problem: str) -> StudyError:
-    return StudyError(
-        problem, where=str(path), remedy=f"make it anew: dvc repro --force --single-item {stage}"
-    )
+    return StudyError(problem, where=str(path), remedy=f"make it anew: {repro(stage, again=True)}")
 
 
 def _scores(study: Study, path: Path) -> pd.DataFrame:

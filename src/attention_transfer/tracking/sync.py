@@ -15,7 +15,7 @@ import yaml
 from filelock import FileLock
 
 from attention_transfer import files
-from attention_transfer.errors import StudyError
+from attention_transfer.errors import StudyError, repro
 from attention_transfer.tracking.contents import (
     flatten,
     log_inputs,
@@ -177,7 +177,7 @@ def _read_records(metrics: Path, root: Path, locks: Mapping[str, Path]) -> list[
             raise StudyError(
                 f"lacks {', '.join(missing)}",
                 where=str(path),
-                remedy=f"make it anew: dvc repro --force --single-item {'@'.join(place[:1])}",
+                remedy=f"make it anew: {repro('@'.join(place[:1]), again=True)}",
             )
         details = {
             name: content[name] for name in ("versions", "machine", "peak_memory_mb") if name in content

@@ -12,7 +12,7 @@ import safetensors
 import safetensors.numpy
 
 from attention_transfer import files
-from attention_transfer.errors import StudyError
+from attention_transfer.errors import StudyError, repro
 from attention_transfer.transfer.shards import (
     KEYS,
     MANIFEST,
@@ -70,7 +70,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise StudyError(
             "holds no finished attention cache: the manifest, written last, is missing",
             where=str(folder),
-            remedy=f"run the stage that writes it, which keeps finished shards: dvc repro {STAGE}",
+            remedy=f"run the stage that writes it, which keeps finished shards: {repro(STAGE)}",
         )
     values = files.read_json(path, made_by=STAGE)
     try:
@@ -112,7 +112,7 @@ def require_recipe(folder: Path, found: Mapping[str, Any], expected: Mapping[str
         raise StudyError(
             "was made from another recipe: " + "; ".join(differences[:5]),
             where=str(folder / MANIFEST),
-            remedy=f"make the cache for the present teacher and params.yaml: dvc repro {STAGE}",
+            remedy=f"make the cache for the present teacher and params.yaml: {repro(STAGE)}",
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from attention_transfer.errors import StudyError
+from attention_transfer.errors import StudyError, repro
 from attention_transfer.transfer.cache_manifest import Integers, read_manifest, require_recipe
 from attention_transfer.transfer.shards import (
     REMEDY,
@@ -124,7 +124,7 @@ class CacheReader:
                 f"holds no row of example {examples[missing]}, view {views[missing]}; "
                 f"it holds {self._summary()}",
                 where=str(self.folder),
-                remedy=f"make the cache for the present params.yaml: dvc repro {STAGE}",
+                remedy=f"make the cache for the present params.yaml: {repro(STAGE)}",
             )
         return rows
 

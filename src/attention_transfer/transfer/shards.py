@@ -18,13 +18,13 @@ import safetensors.numpy
 from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 
 from attention_transfer import files
-from attention_transfer.errors import StudyError
+from attention_transfer.errors import StudyError, repro
 
 SHARD_BYTES = 64 * 2**20
 MANIFEST = "manifest.json"
 KEYS = "keys.safetensors"
 STAGE = "cache"  # the stage of the pipeline that writes the cache
-REMEDY = f"make it anew (intact shards are kept): dvc repro --force --single-item {STAGE}"
+REMEDY = f"make it anew (intact shards are kept): {repro(STAGE, again=True)}"
 Checksums = np.ndarray[Any, np.dtype[np.uint64]]
 _FORMAT = 1  # raised when the files' meaning changes: older files are then written anew
 _STORED = {"float16": ("F16", "<f2"), "float32": ("F32", "<f4")}  # safetensors' and numpy's names
