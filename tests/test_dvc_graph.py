@@ -116,6 +116,7 @@ def loaded() -> dict[str, set[Path]]:
     return {Path(key).stem: set(map(Path, files)) for key, files in json.loads(done.stdout).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STAGES)
 def test_imports_are_those_of_the_running_script(name: str, loaded: dict[str, set[Path]]) -> None:
     """The oracle for `imported_files`, which deps are compared with."""

@@ -204,6 +204,7 @@ def test_hierarchical_bootstrap_has_the_variance_of_its_definition() -> None:
     assert found.high - found.low == pytest.approx(2 * 1.96 * math.sqrt(variance), rel=0.05)
 
 
+@pytest.mark.slow
 def test_hierarchical_bootstrap_covers() -> None:
     """Seeds and examples both vary. The true difference comes from one huge draw."""
     rng = np.random.default_rng(7)
@@ -252,6 +253,7 @@ def test_hierarchical_bootstrap_depends_on_its_seed_and_not_on_the_block(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [5, 12])
 def test_hierarchical_bootstrap_is_fast_and_small(seeds: int) -> None:
     """Also where every example is a pattern of its own."""

@@ -246,6 +246,7 @@ def test_a_stage_is_a_thin_script_of_its_own(script: Path) -> None:
     assert ast.get_docstring(ast.parse(text))
 
 
+@pytest.mark.slow
 def test_a_stage_explains_itself() -> None:
     answer = subprocess.run(
         [sys.executable, "pipeline/train.py", "--help"],

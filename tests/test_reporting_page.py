@@ -157,6 +157,7 @@ def test_every_table_is_written_twice(report: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_equal_records_give_equal_bytes_and_a_study_of_few_parts_has_a_page(tmp_path: Path) -> None:
     study = synthetic.study(
         seeds=(0, 1),

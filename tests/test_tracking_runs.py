@@ -127,6 +127,7 @@ def raced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int], st
     return folder, json.loads(ended.stdout), ended.stderr
 
 
+@pytest.mark.slow
 def test_eight_processes_at_once_on_a_fresh_database(raced: tuple[Path, list[int], str]) -> None:
     folder, codes, errors = raced
     assert codes == [0] * RACERS + [-9, 143]
@@ -148,6 +149,7 @@ def test_eight_processes_at_once_on_a_fresh_database(raced: tuple[Path, list[int
     assert not list(folder.glob(".tmp-*"))
 
 
+@pytest.mark.slow
 def test_a_dead_run_becomes_killed(raced: tuple[Path, list[int], str], tmp_path: Path) -> None:
     folder, _, _ = raced
     assert tracking.sync(tmp_path, folder).killed == (f"run-{RACERS}",)

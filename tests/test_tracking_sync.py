@@ -102,6 +102,7 @@ def live(root: Path, study: str, error: BaseException | None = None, **changes: 
     return tracker.run_id
 
 
+@pytest.mark.slow
 def test_a_fresh_view_gets_every_record_once(
     record: Callable[..., Path], root: Path, study: str, tmp_path: Path
 ) -> None:
@@ -143,6 +144,7 @@ def test_a_fresh_view_gets_every_record_once(
     assert "run" not in runs["evaluate"].data.tags
 
 
+@pytest.mark.slow
 def test_a_lost_database_is_rebuilt(
     record: Callable[..., Path],
     root: Path,

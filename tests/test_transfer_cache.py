@@ -150,6 +150,7 @@ def test_shards_are_plain_safetensors_with_xxh3_of_each_row(finished: Path) -> N
     assert tensors["xxh3"].tolist() == [xxhash.xxh3_64(row.tobytes()).intdigest() for row in tensors["rows"]]
 
 
+@pytest.mark.slow
 def test_two_runs_write_the_same_bytes(finished: Path, tmp_path: Path) -> None:
     keys = make_keys(47)
     write(tmp_path / "again", keys)
@@ -167,6 +168,7 @@ def test_a_pickled_reader_opens_the_files_again(cache: Path) -> None:
     assert torch.equal(pickle.loads(pickled).read(reader.keys[:, 0], reader.keys[:, 1]), first)
 
 
+@pytest.mark.slow
 def test_two_processes_read_at_once_from_a_folder_that_is_read_only(cache: Path) -> None:
     for path in cache.iterdir():
         path.chmod(stat.S_IRUSR)
@@ -555,6 +557,7 @@ def hang_in_the_third_shard(folder: Path) -> None:
     write(folder, make_keys(47))
 
 
+@pytest.mark.slow
 def test_a_killed_writer_is_resumed_and_rivals_wait(tmp_path: Path, finished: Path) -> None:
     folder = tmp_path / "cache"
     with subprocess.Popen(**command("hang", folder), stdout=subprocess.PIPE) as process:

@@ -356,6 +356,7 @@ def test_training_twice_gives_the_same_weights(name: str, train: Train) -> None:
     assert not differ(train(name), again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "key", "value"),
     [

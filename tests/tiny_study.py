@@ -140,12 +140,19 @@ class InMemory(stage.Stage):
         return Path("checkpoints") / self.unique
 
 
-def train(study: Study) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Runs the stage `train` in the present folder: the student's weights and its metrics."""
-    path = PIPELINE / "train.py"
-    this = InMemory("train", {"run": "run", "seed": 0}, study, Path("params.yaml"), path, Layout("tiny"))
+def run_train(study: Study, layout: Layout, run: str, seed: int) -> dict[str, float]:
+    """Runs the stage `train` in the present folder: the student's metrics."""
+    instance = {"run": run, "seed": seed}
+    this = InMemory("train", instance, study, Path("params.yaml"), PIPELINE / "train.py", layout)
     script("train").main(this)
-    return load_file(this.layout.student("run", 0) / vit.WEIGHTS), this.metrics
+    return this.metrics
+
+
+def train(study: Study) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The same in the tiny study: the student's weights and its metrics."""
+    layout = Layout("tiny")
+    metrics = run_train(study, layout, "run", 0)
+    return load_file(layout.student("run", 0) / vit.WEIGHTS), metrics
 
 
 def make_parts(study: Study) -> Parts:
