@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attention_transfer.transfer.losses import attention_cross_entropy
+from attention_transfer.transfer.losses import attention_cross_entropy, streamed_attention_cross_entropy
 
 Reduction = Literal["sum", "mean"]
 SHAPE = (3, 2, 2, 5, 4)  # layers, batch, heads, queries, keys
@@ -128,3 +128,112 @@ def test_extreme_logits_stay_finite() -> None:
 def test_other_shapes_are_refused_with_both_shapes() -> None:
     with pytest.raises(ValueError, match=r"\(3, 2, 2, 5, 4\), got \(3, 2, 1, 5, 4\)"):
         attention_cross_entropy(logits(0), logits(1)[:, :, :1], reduction="sum")
+
+
+# The streamed loss, against the formula and PyTorch's own gradient of it.
+
+
+def random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def formula(teacher: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    teacher_logits, student_logits = (
+        q.double() @ k.double().mT / math.sqrt(q.shape[-1])
+        for q, k in ((teacher[:, 0], teacher[:, 1]), (queries, keys))
+    )
+    rows = -(teacher_logits.softmax(dim=-1) * student_logits.log_softmax(dim=-1)).sum(dim=-1)
+    return rows.mean()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 9)),
+    widths=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    block_bytes=st.integers(1, 3000),
+    scale=st.floats(0.1, 5),
+)
+def test_streamed_loss_and_gradient_are_those_of_the_formula(
+    seed: int, shape: tuple[int, int, int], widths: tuple[int, int], block_bytes: int, scale: float
+) -> None:
+    batch, heads, tokens = shape
+    teacher = random(seed, batch, 2, heads, tokens, widths[0]) * scale
+    made = [random(seed + 1 + part, batch, heads, tokens, widths[1]) * scale for part in (0, 1)]
+    results = []
+    for loss in (formula, lambda *parts: streamed_attention_cross_entropy(*parts, block_bytes=block_bytes)):
+        queries, keys = (part.clone().requires_grad_() for part in made)
+        value = loss(teacher, queries, keys)
+        (3 * value).backward()
+        results.append((value.detach(), queries.grad, keys.grad))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_streamed_gradient_is_that_of_finite_differences() -> None:
+    teacher, queries, keys = random(0, 2, 2, 2, 5, 3), random(1, 2, 2, 5, 4), random(2, 2, 2, 5, 4)
+    inputs = (queries.requires_grad_(), keys.requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda q, k: streamed_attention_cross_entropy(teacher, q, k, block_bytes=200), inputs
+    )
+
+
+@pytest.mark.parametrize("trained", ["queries", "keys"])
+def test_streamed_gradient_of_one_alone(trained: str) -> None:
+    teacher, made = (
+        random(0, 2, 2, 2, 5, 4),
+        {"queries": random(1, 2, 2, 5, 4), "keys": random(2, 2, 2, 5, 4)},
+    )
+    gradients = []
+    for loss in (formula, streamed_attention_cross_entropy):
+        parts = {name: value.clone().requires_grad_(name == trained) for name, value in made.items()}
+        loss(teacher, parts["queries"], parts["keys"]).backward()
+        gradients.append(parts[trained].grad)
+    torch.testing.assert_close(*gradients)
+    with torch.no_grad():
+        value = streamed_attention_cross_entropy(teacher, **made)
+    assert value.item() == pytest.approx(formula(teacher, **made).item())
+
+
+def test_streamed_loss_of_uniform_maps_is_the_logarithm_of_the_tokens() -> None:
+    zero = torch.zeros(3, 2, 7, 4)
+    assert streamed_attention_cross_entropy(torch.zeros(3, 2, 2, 7, 5), zero, zero).item() == pytest.approx(
+        math.log(7)
+    )
+
+
+def test_streamed_loss_in_bfloat16_is_as_near_as_its_products() -> None:
+    teacher = random(0, 4, 2, 2, 50, 16).float()
+    made = [random(1 + part, 4, 2, 50, 16).bfloat16() for part in (0, 1)]
+    expected, found = [], []
+    for loss, values in ((formula, expected), (streamed_attention_cross_entropy, found)):
+        queries, keys = (part.clone().requires_grad_() for part in made)
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss(teacher, queries, keys)
+        value.backward()
+        values += [value.detach(), queries.grad, keys.grad]
+    assert found[0].dtype == torch.float32
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=2e-3)
+    for a, b in zip(found[1:], expected[1:], strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a.double() - b.double()).norm() < 0.02 * b.double().norm()
+
+
+def test_streamed_loss_keeps_nothing_of_the_size_of_a_map() -> None:
+    tokens = 300
+    queries, keys = (random(part, 1, 2, tokens, 4).float().requires_grad_() for part in (0, 1))
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        streamed_attention_cross_entropy(random(2, 1, 2, 2, tokens, 4).float(), queries, keys).backward()
+    assert kept
+    assert max(kept) == queries.numel()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student"),
+    [((1, 2, 2, 5, 4), (1, 3, 5, 4)), ((1, 2, 2, 5, 4), (1, 2, 6, 4)), ((1, 1, 2, 5, 4), (1, 2, 5, 4))],
+    ids=["heads", "tokens", "no keys"],
+)
+def test_streamed_loss_of_other_shapes_is_refused(teacher: tuple[int, ...], student: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="expected student queries and keys"):
+        streamed_attention_cross_entropy(torch.zeros(teacher), torch.zeros(student), torch.zeros(student))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_transfer.models.attention import Attention, read
-from attention_transfer.transfer.losses import attention_cross_entropy
+from attention_transfer.models.attention import read
+from attention_transfer.transfer.losses import streamed_attention_cross_entropy
 from attention_transfer.transfer.method import Loss
 
 
@@ -47,16 +47,14 @@ class AttentionDistill:
         with read(self.student, self.layers) as own:
             logits = self.student(images)
         task = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        # (batch, 2, layers, ..) to two tensors (layers, batch, ..): all layers in one matrix product.
-        queries, keys = attention.transpose(0, 2).unbind(dim=1)
-        teacher = Attention(queries, keys)
-        student = Attention(
-            torch.stack([own[layer].queries for layer in self.layers]),
-            torch.stack([own[layer].keys for layer in self.layers]),
+        pairs = [(attention[:, :, index], own[layer]) for index, layer in enumerate(self.layers)]
+        layers = torch.stack(
+            [
+                streamed_attention_cross_entropy(teacher, student.queries, student.keys)
+                for teacher, student in pairs
+            ]
         )
-        loss = attention_cross_entropy(
-            teacher.logits().float(), student.logits().float(), reduction=self.reduction
-        )
+        loss = layers.sum() if self.reduction == "sum" else layers.mean()
         return Loss(total=task + self.weight * loss, task=task, attention=loss)
 
     def logits(self, student: nn.Module, images: Tensor, attention: Tensor | None) -> Tensor:
