@@ -248,7 +248,8 @@ def _learning_curves(records: Records) -> Drawing:
     _legend(figure, styles)
     caption = (
         "Learning curves: mean over seeds; the band spans the lowest and the highest seed. The attention loss "
-        "is that of distilling runs, before its weight."
+        "is that of distilling runs, before its weight. Validation accuracy is that of the first "
+        f"{records.study.training.curve_images} validation images."
     )
     return Drawing("learning_curves", caption, figure)
 
