@@ -60,6 +60,7 @@ def record(tmp_path: Path, study: str) -> Callable[..., Path]:
             "params": {"optimizer": {"lr": 0.1}},
             "git_revision": "a" * 40,
             "git_dirty": False,
+            "dvc": {"exp": "muddy-wolf"},
             "versions": {"torch": "2.15.0"},
             "machine": {"device": "cpu", "cores": 2},
             "started": "2026-01-02T03:04:05+00:00",
@@ -129,6 +130,7 @@ def test_a_fresh_view_gets_every_record_once(
         "git_dirty": "false",
     }
     expected |= {"versions.torch": "2.15.0", "machine.cores": "2", "dvc.stage": "train"}
+    expected |= {"dvc.exp": "muddy-wolf"}
     assert expected.items() <= run.data.tags.items()
     assert store.client.get_run(run.data.tags["mlflow.parentRunId"]).info.run_name == study
     history = {key: store.client.get_metric_history(run.info.run_id, key) for key in run.data.metrics}

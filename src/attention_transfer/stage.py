@@ -32,6 +32,7 @@ from attention_transfer.layout import Layout
 gc.set_threshold(50_000)
 
 SECONDS_BEFORE_SHOWN = 5.0  # mlflow takes 3 s to import and open, too much for work that takes seconds
+DVC = {"stage": "DVC_STAGE", "exp": "DVC_EXP_NAME"}  # what DVC tells a stage; the second within an experiment
 DONE = "done"  # in a checkpoint's folder: the stage has written all of its outputs
 
 
@@ -142,6 +143,7 @@ class Stage:
                 "params": _nested(self.params),
                 "inputs": self.inputs,
                 **provenance.git_state(),
+                "dvc": {key: os.environ[name] for key, name in DVC.items() if os.environ.get(name)},
                 "versions": provenance.versions(),
                 "machine": provenance.machine(),
                 "started": datetime.datetime.fromtimestamp(self.started, datetime.UTC).isoformat(

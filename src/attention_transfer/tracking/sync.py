@@ -180,7 +180,9 @@ def _read_records(metrics: Path, root: Path, locks: Mapping[str, Path]) -> list[
                 remedy=f"make it anew: {repro('@'.join(place[:1]), again=True)}",
             )
         details = {
-            name: content[name] for name in ("versions", "machine", "peak_memory_mb") if name in content
+            name: content[name]
+            for name in ("dvc", "versions", "machine", "peak_memory_mb")
+            if name in content
         }
         tags = {**flatten(details), **_lock_tags(stages.get(study, {}), path.resolve())}
         name = "-".join(place) or content["stage"]
