@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,14 @@ import pytest
 import timm
 import torch
 from timm.layers import Attention as TimmAttention
+from timm.layers import AttentionRope, DiffAttention
 from timm.models import VisionTransformer
+from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import ParallelScalingBlock
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+from timm.models.xcit import XCA
 from torch import Tensor, nn
 
 from attention_transfer.models.attention import Attention, ValueAttention, hand_over, read, slim
@@ -25,25 +31,50 @@ TINY: dict[str, Any] = {
     "depth": DEPTH,
     "num_heads": HEADS,
 }
-FAMILIES: dict[str, dict[str, Any]] = {
+PLAIN: dict[str, dict[str, Any]] = {
     "plain": {"global_pool": "avg", "fc_norm": True},
     "class_token": {},
+    "pre_norm": {"pre_norm": True},
     "qk_norm": {"qk_norm": True},
     "attention_norm": {"scale_attn_norm": True},
     "layer_scale_and_registers": {"init_values": 0.1, "reg_tokens": 2},
     "attention_pool": {"global_pool": "map"},  # which calls the same function as the blocks
 }
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "deit_distilled": lambda: VisionTransformerDistilled(**TINY, num_classes=3),
+    "eva": lambda: Eva(**TINY, num_classes=3, init_values=0.1),
+    "eva02": lambda: Eva(
+        **TINY, num_classes=3, use_rot_pos_emb=True, qkv_fused=False, swiglu_mlp=True, scale_mlp=True,
+        scale_attn_inner=True,
+    ),
+    "dinov3": lambda: Eva(
+        **TINY, num_classes=3, use_rot_pos_emb=True, use_abs_pos_emb=False, rope_type="dinov3",
+        rope_rotate_half=True, num_reg_tokens=2, init_values=0.1, qkv_bias=False, use_fc_norm=False,
+    ),
+    "rotary_attention": lambda: Eva(**TINY, num_classes=3, use_rot_pos_emb=True, attn_type="rope"),
+    "rotary_mixed": lambda: Eva(
+        **TINY, num_classes=3, use_rot_pos_emb=True, rope_type="mixed", attn_type="rope"
+    ),
+    "beit": lambda: Beit(**TINY, num_classes=3, use_rel_pos_bias=True, init_values=0.1),
+    "beit_shared_bias": lambda: Beit(**TINY, num_classes=3, use_shared_rel_pos_bias=True),
+    "relative_positions": lambda: VisionTransformerRelPos(**TINY, num_classes=3, rel_pos_type="bias"),
+    "relative_positions_mlp": lambda: VisionTransformerRelPos(**TINY, num_classes=3, rel_pos_type="mlp"),
+}  # fmt: skip
+FAMILIES = (*PLAIN, *OTHERS)
 
 
-def make(family: str = "plain", seed: int = 0) -> VisionTransformer:
+def make(family: str = "plain", seed: int = 0) -> Any:
     """A tiny model, in eval mode, whose maps are far from uniform."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = VisionTransformer(**TINY, num_classes=3, **FAMILIES[family])
+        build = OTHERS.get(family) or (lambda: VisionTransformer(**TINY, num_classes=3, **PLAIN[family]))
+        model: Any = build()
         with torch.no_grad():
-            for block in model.blocks:
-                block.attn.qkv.weight.normal_(std=0.7)
-            model.head.weight.normal_(std=0.5)
+            for name, parameter in model.named_parameters():
+                if "attn." in name and "norm" not in name and "attn.proj." not in name:
+                    parameter.normal_(std=0.7)  # queries, keys, values, their biases, relative positions
+                if "rel_pos_bias" in name or name.startswith("head"):
+                    parameter.normal_(std=0.5)
     return model.eval()
 
 
@@ -102,26 +133,33 @@ def test_map_and_apply_are_softmax_attention(bias_shape: tuple[int, ...] | None,
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_captured_attention_times_values_is_the_modules_output(family: str) -> None:
+def test_captured_maps_are_those_that_timm_materialises_and_their_products_its_outputs(family: str) -> None:
+    """The oracle is timm's own path without the fused function: its map goes through attn_drop."""
     model, images = make(family), make_images()
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
-    hooks = [
-        block.attn.register_forward_hook(lambda _, args, output, i=i: seen.update({i: (args[0], output)}))
-        for i, block in enumerate(model.blocks)
-    ]
-    found = capture(model, images)
+    maps: dict[int, Tensor] = {}
+    outputs: dict[int, tuple[Tensor, Tensor]] = {}
+    hooks = []
+    for i, block in enumerate(model.blocks):
+        block.attn.fused_attn = False
+        hooks += [
+            block.attn.attn_drop.register_forward_hook(lambda _, a, output, i=i: maps.update({i: output})),
+            block.attn.register_forward_hook(lambda _, a, out, i=i: outputs.update({i: (a[0], out)})),
+        ]
+    with torch.no_grad():
+        logits = model(images)
     for hook in hooks:
         hook.remove()
-    assert sorted(found) == sorted(seen) == list(range(DEPTH))
-    for layer, (tokens, output) in seen.items():
-        module = model.blocks[layer].attn
+    found = capture(model, images)  # which switches the fused function on
+    assert sorted(found) == sorted(maps) == list(range(DEPTH))
+    for layer, expected in maps.items():
+        torch.testing.assert_close(found[layer].map(), expected, atol=1e-5, rtol=1e-5)
+        assert expected.max() > 1.5 / expected.shape[-1]
+        module = ValueAttention(model.blocks[layer].attn)
+        module.handed_over = found[layer]
         with torch.no_grad():
-            qkv = module.qkv(tokens).view(len(images), -1, 3, HEADS, WIDTH // HEADS)
-        mixed = found[layer].map().double() @ qkv[:, :, 2].transpose(1, 2).double()
-        mixed = mixed.transpose(1, 2).reshape(tokens.shape)
-        with torch.no_grad():
-            expected = copy.deepcopy(module).double().proj(copy.deepcopy(module.norm).double()(mixed))
-        torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(module(outputs[layer][0]), outputs[layer][1], atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), logits, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -130,6 +168,7 @@ def test_reading_changes_no_bit_of_outputs_and_gradients(family: str, training: 
     model, images = make(family).train(training), make_images()
 
     def run() -> list[Tensor]:
+        torch.manual_seed(0)  # of dropout
         model.zero_grad()
         logits = model(images)
         logits.square().sum().backward()
@@ -255,7 +294,7 @@ def test_slimming_removes_exactly_the_query_and_key_weights(layers: tuple[int, .
     assert held == {str(i) for i in range(DEPTH) if i not in layers}
 
 
-@pytest.mark.parametrize("family", ["plain", "qk_norm", "attention_norm", "layer_scale_and_registers"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layers", [(1,), (0, 1, 2)], ids=str)
 def test_a_slimmed_model_computes_what_it_did(layers: tuple[int, ...], family: str) -> None:
     model, images = make(family), make_images()
@@ -263,10 +302,10 @@ def test_a_slimmed_model_computes_what_it_did(layers: tuple[int, ...], family: s
     given = {layer: foreign[layer] for layer in layers}
     with torch.no_grad(), hand_over(model, given):
         expected = model(images)
+    slim(model, layers)
     for layer in layers:
-        value = model.blocks[layer].attn.qkv.weight[2 * WIDTH :].clone()
-        slim(model, (layer,))
-        assert torch.equal(model.blocks[layer].attn.value.weight, value)
+        held = {name.split(".")[0] for name, _ in model.blocks[layer].attn.named_parameters()}
+        assert held <= {"value", "norm", "proj"}
     with torch.no_grad(), hand_over(model, given):
         torch.testing.assert_close(model(images), expected, atol=1e-6, rtol=1e-6)
 
@@ -281,9 +320,25 @@ def test_a_slimmed_model_without_attention_raises() -> None:
         model(make_images())
 
 
-def test_a_gated_attention_is_not_slimmed() -> None:
-    with pytest.raises(ValueError, match="gate"):
-        ValueAttention(TimmAttention(WIDTH, HEADS, gated=True))
+def test_a_gated_attention_keeps_its_gate() -> None:
+    torch.manual_seed(0)
+    module, tokens = TimmAttention(WIDTH, HEADS, qkv_bias=True, gated=True), torch.randn(2, TOKENS, WIDTH)
+    queries, keys, _ = module.qkv(tokens).view(2, TOKENS, 3, HEADS, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    slimmed = ValueAttention(module)
+    slimmed.handed_over = Attention(queries, keys)
+    torch.testing.assert_close(slimmed(tokens), module(tokens))
+
+
+def test_grouped_queries_are_not_slimmed() -> None:
+    with pytest.raises(ValueError, match="grouped-query"):
+        ValueAttention(AttentionRope(WIDTH, 4, num_kv_heads=2, qkv_fused=False))
+
+
+def test_queries_and_keys_stand_for_a_map_only_without_a_bias() -> None:
+    assert len(capture(make("eva02"), make_images())[0].queries_and_keys()) == 2
+    for family in ("beit", "relative_positions"):
+        with pytest.raises(TypeError, match="attention bias"):
+            capture(make(family), make_images())[0].queries_and_keys()
 
 
 def swin() -> nn.Module:
@@ -297,20 +352,34 @@ def swin() -> nn.Module:
     )
 
 
-def eva() -> nn.Module:
-    return timm.create_model(
-        "eva02_tiny_patch14_224", img_size=28, embed_dim=24, depth=1, num_heads=2, num_classes=0
-    )
+class BlocksOf(nn.Module):
+    """A model with one block, whose attention is given."""
+
+    def __init__(self, attention: nn.Module | None = None, block: nn.Module | None = None) -> None:
+        super().__init__()
+        if block is None:
+            block = nn.Module()
+            block.attn = attention
+        self.blocks = nn.ModuleList([block])
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (swin, "SwinTransformer has no transformer blocks"),
-        (eva, "Eva has blocks with .*Attention.*: cannot be served"),
+        (lambda: BlocksOf(DiffAttention(WIDTH, HEADS)), "DiffAttention: cannot be served, it subtracts"),
+        (
+            lambda: BlocksOf(block=ParallelScalingBlock(WIDTH, HEADS)),
+            "ParallelScalingBlock: cannot be served",
+        ),
+        (lambda: BlocksOf(XCA(WIDTH, HEADS)), "attends between channels"),
+        (
+            lambda: BlocksOf(nn.Identity()),
+            "Identity: cannot be served, it is none of Attention, AttentionRope",
+        ),
         (lambda: nn.Linear(2, 2), "Linear has no transformer blocks"),
     ],
-    ids=["swin", "rotary", "no_transformer"],
+    ids=["windowed", "differential", "parallel", "channels", "unknown", "no_transformer"],
 )
 def test_other_models_are_refused(build: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(TypeError, match=message), read(build(), (0,)):

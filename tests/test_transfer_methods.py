@@ -14,6 +14,7 @@ import pytest
 import tiny_study
 import torch
 from timm.models import VisionTransformer
+from timm.models.beit import Beit
 from torch import Tensor
 
 from attention_transfer import config
@@ -379,3 +380,11 @@ def test_every_method_trains_other_weights(train: Train) -> None:
 def test_a_key_that_must_not_change_the_weights_does_not(key: str, train: Train) -> None:
     value = 0.5 if key.endswith("gb") else 1
     assert not differ(train("distill"), train("distill", {key: value}))
+
+
+def test_a_teacher_with_an_attention_bias_is_refused() -> None:
+    beit = Beit(
+        img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=1, num_heads=2, use_rel_pos_bias=True
+    )
+    with pytest.raises(TypeError, match="attention bias"):
+        teacher_attention(beit.eval(), torch.zeros(1, 1, 8, 8), (0,))

@@ -13,9 +13,28 @@ from typing import Any
 
 import torch
 from timm.layers import Attention as TimmAttention
+from timm.layers import AttentionRope
+from timm.models.beit import Attention as BeitAttention
+from timm.models.eva import EvaAttention
+from timm.models.vision_transformer_relpos import RelPosAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+SERVED = (TimmAttention, AttentionRope, BeitAttention, EvaAttention, RelPosAttention)
+"""timm's attention over all tokens of an image, in one call of scaled dot-product attention."""
+
+REFUSED = {
+    "ParallelScalingBlock": "its attention is no module of its own",
+    "ParallelThingsBlock": "it runs several attentions side by side",
+    "DiffAttention": "it subtracts one map from another",
+    "MaskUnitAttention": "it pools queries and attends within windows",
+    "MultiScaleAttention": "it pools queries, keys and values",
+    "WindowAttention": "it attends within windows",
+    "XCA": "it attends between channels, not between tokens",
+    "TalkingHeadAttn": "it mixes the maps of its heads",
+}
+"""Why attention that timm models call otherwise cannot be transferred, by the class of module or block."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +51,18 @@ class Attention:
     keys: Tensor
     bias: Tensor | None = None
     scale: float | None = None
+
+    def queries_and_keys(self) -> tuple[Tensor, Tensor]:
+        """Both, where they are all that there is to know of the map.
+
+        Raises:
+            TypeError: the model adds a bias to its logits, or scales them in its own way.
+        """
+        if self.bias is not None or self.scale is not None:
+            raise TypeError(
+                "an attention bias (relative positions) or a scale of its own cannot be transferred"
+            )
+        return self.queries, self.keys
 
     def logits(self) -> Tensor:
         """S = scale q k^T + bias: (batch, heads, tokens, tokens)."""
@@ -52,52 +83,67 @@ class Attention:
 class ValueAttention(nn.Module):
     """A copy student's attention: values and projection; the map is handed over at every pass.
 
-    It holds no query and key weights. Made from timm's `Attention`, whose values it takes over.
+    It holds no query and key weights. Made from one of timm's modules, whose other weights it takes over.
     """
 
-    def __init__(self, attention: TimmAttention) -> None:
+    def __init__(self, attention: Any) -> None:
         super().__init__()
-        if attention.gate is not None:
-            raise ValueError("a gated attention cannot be slimmed to its values: its gate would be lost")
-        self.num_heads, self.head_dim = attention.num_heads, attention.head_dim
-        width = attention.num_heads * attention.head_dim
-        weight = attention.qkv.weight
-        self.value = nn.Linear(weight.shape[1], width, bias=attention.qkv.bias is not None)
+        self.num_heads = attention.num_heads
+        weight, bias = _values(attention)
+        self.value = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
         with torch.no_grad():
-            self.value.weight.copy_(weight[2 * width :])
-            if attention.qkv.bias is not None:
-                self.value.bias.copy_(attention.qkv.bias[2 * width :])
-        self.norm, self.proj, self.proj_drop = attention.norm, attention.proj, attention.proj_drop
+            self.value.weight.copy_(weight)
+            if bias is not None:
+                self.value.bias.copy_(bias)
+        # Not every class has all of these.
+        self.norm, self.gate = getattr(attention, "norm", nn.Identity()), getattr(attention, "gate", None)
+        self.proj, self.proj_drop = attention.proj, attention.proj_drop
         self.handed_over: Attention | None = None
 
-    def forward(self, tokens: Tensor, **_: Any) -> Tensor:
-        """tokens: (batch, tokens, width). timm's blocks pass a mask and a causal flag, unused in ViTs."""
+    def forward(self, tokens: Tensor, *_: Any, **__: Any) -> Tensor:
+        """tokens: (batch, tokens, width). Blocks pass rotary embeddings, biases and masks: parts of the map."""
         if self.handed_over is None:
             raise RuntimeError("this layer copies its attention: call the model inside hand_over(...)")
         batch, count, _width = tokens.shape
-        values = self.value(tokens).view(batch, count, self.num_heads, self.head_dim).transpose(1, 2)
-        mixed = self.handed_over.apply(values).transpose(1, 2).reshape(batch, count, -1)
-        return self.proj_drop(self.proj(self.norm(mixed)))
+        values = self.value(tokens).view(batch, count, self.num_heads, -1).transpose(1, 2)
+        mixed = self.norm(self.handed_over.apply(values).transpose(1, 2).reshape(batch, count, -1))
+        if self.gate is not None:
+            mixed = mixed * self.gate(tokens).sigmoid()
+        return self.proj_drop(self.proj(mixed))
+
+
+def _values(attention: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the value projection, which timm's modules keep in three ways."""
+    if attention.qkv is None:
+        if attention.v_proj.out_features != attention.q_proj.out_features:
+            raise ValueError("grouped-query attention: its values have fewer heads than its maps")
+        return attention.v_proj.weight, attention.v_proj.bias
+    bias = attention.qkv.bias
+    own_bias = getattr(attention, "v_bias", None)  # in BEiT and EVA, whose keys have none
+    return attention.qkv.weight.chunk(3)[2], bias.chunk(3)[2] if bias is not None else own_bias
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
     """The attention modules of a model's blocks, from the input to the output.
 
     Raises:
-        TypeError: the blocks have no attention that can be read.
+        TypeError: the blocks have no attention that can be read, and why.
     """
-    modules = [getattr(block, "attn", None) for block in getattr(model, "blocks", [])]
-    for module in modules:
-        if isinstance(module, ValueAttention):
-            continue
-        if not isinstance(module, TimmAttention):
+    modules = []
+    for block in getattr(model, "blocks", []):
+        module = getattr(block, "attn", block)
+        if not isinstance(module, (ValueAttention, *SERVED)):
+            kind = type(module).__name__
             raise TypeError(
-                f"{type(model).__name__} has blocks with {type(module).__name__}: cannot be served"
+                f"{type(model).__name__} has blocks with {type(module).__module__}.{kind}: cannot be served, "
+                f"{REFUSED.get(kind, 'it is none of ' + ', '.join(served.__name__ for served in SERVED))}"
             )
-        module.fused_attn = True  # the unfused path does not call the function that is intercepted
+        if not isinstance(module, ValueAttention):
+            module.fused_attn = True  # the unfused path does not call the function that is intercepted
+        modules.append(module)
     if not modules:
         raise TypeError(f"{type(model).__name__} has no transformer blocks")
-    return modules  # type: ignore[return-value]
+    return modules
 
 
 def slim(model: nn.Module, layers: Iterable[int]) -> None:

@@ -50,7 +50,7 @@ class AttentionDistill:
         pairs = [(attention[:, :, index], own[layer]) for index, layer in enumerate(self.layers)]
         layers = torch.stack(
             [
-                streamed_attention_cross_entropy(teacher, student.queries, student.keys)
+                streamed_attention_cross_entropy(teacher, *student.queries_and_keys())
                 for teacher, student in pairs
             ]
         )

@@ -56,9 +56,11 @@ class OnlineAttention:
 
 @torch.no_grad()
 def teacher_attention(teacher: nn.Module, images: Tensor, layers: tuple[int, ...]) -> Tensor:
-    """The teacher's queries and keys: (batch, 2, layers, heads, tokens, head_dim)."""
+    """The teacher's queries and keys: (batch, 2, layers, heads, tokens, head_dim).
+
+    Raises:
+        TypeError: they are not all of its maps.
+    """
     with read(teacher, layers) as found:
         teacher.forward_features(images)  # type: ignore[operator]
-    return torch.stack(
-        [torch.stack([found[layer].queries, found[layer].keys], dim=1) for layer in layers], dim=2
-    )
+    return torch.stack([torch.stack(found[layer].queries_and_keys(), dim=1) for layer in layers], dim=2)
