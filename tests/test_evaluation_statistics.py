@@ -297,6 +297,7 @@ def test_unsound_input_is_refused() -> None:
             use()
 
 
+@pytest.mark.slow
 def test_statistics_come_without_torch() -> None:
     """The report reads records with these and must not load torch."""
     program = "import attention_transfer.evaluation.statistics, sys; sys.exit('torch' in sys.modules)"

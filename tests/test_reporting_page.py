@@ -237,6 +237,7 @@ def test_a_study_that_cannot_be_reported(tmp_path: Path, change: dict[str, objec
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_reporting_imports_neither_torch_nor_mlflow() -> None:
     code = "import sys, attention_transfer.reporting.page; sys.exit(bool({'torch', 'mlflow'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -160,6 +160,7 @@ def test_a_dead_run_becomes_killed(raced: tuple[Path, list[int], str], tmp_path:
     assert tracking.sync(tmp_path, folder).killed == ()
 
 
+@pytest.mark.slow
 def test_a_study_gets_one_parent_from_eight_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = database.connect(root)
     client_type = type(store.client)

@@ -185,6 +185,7 @@ def test_cached_and_online_give_equal_attention_and_gradients_from_one_state(
         assert difference <= (1e-6 if precision == "float32" else 1e-3) * size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", TRANSFER)
 def test_cached_and_online_training_go_the_same_way(method: str, cached: tuple[str, str]) -> None:
     first, second = trained(method, "cache"), trained(method, "online")
@@ -194,6 +195,7 @@ def test_cached_and_online_training_go_the_same_way(method: str, cached: tuple[s
     assert first.losses[0]["total"] != pytest.approx(first.losses[-1]["total"], rel=1e-2)  # it does train
 
 
+@pytest.mark.slow
 def test_all_methods_and_sources_see_the_same_batches(cached: tuple[str, str]) -> None:
     records = {
         (method, source): trained(method, source) for method in TRANSFER for source in ("cache", "online")

@@ -350,6 +350,7 @@ def test_every_key_of_a_run_is_among_the_changes() -> None:
     assert {k for value in parts for k in value} == set(config.AttentionLoss.model_fields)
 
 
+@pytest.mark.slow
 @every_method
 def test_training_twice_gives_the_same_weights(name: str, train: Train) -> None:
     torch.manual_seed(99)

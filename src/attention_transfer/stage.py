@@ -91,6 +91,7 @@ class Stage:
         inputs: Mapping[str, str],
         work: Callable[[], Mapping[str, Any]],
         live: bool,
+        patience: float = SECONDS_BEFORE_SHOWN,
     ) -> None:
         """Does the stage's work under tracking, then writes its records, run.json last.
 
@@ -100,10 +101,15 @@ class Stage:
             work: does it, and returns the stage's metrics.
             live: show it in MLflow while it runs. Stages that take seconds leave their record to the
                 report's `sync`.
+            patience: seconds of work before it is shown live; what ends sooner is left to `sync` too.
         """
         self.params, self.inputs = dict(params), dict(inputs)
         kept = self.checkpoints() / "mlflow_run_id"
-        with self._tracked(kept) if live else contextlib.nullcontext(tracking.Unshown()) as self.tracker:
+        with (
+            self._tracked(kept, patience)
+            if live
+            else contextlib.nullcontext(tracking.Unshown()) as self.tracker
+        ):
             metrics = work()
             write_json(self.record / "metrics.json", dict(metrics))
             shown = {key: value for key, value in metrics.items() if value is not None}
@@ -115,7 +121,7 @@ class Stage:
         if self.checkpoints().exists():
             write_text(self.checkpoints() / DONE, str(self.record / "run.json"))
 
-    def _tracked(self, kept: Path) -> contextlib.AbstractContextManager[tracking.Tracker]:
+    def _tracked(self, kept: Path, patience: float) -> contextlib.AbstractContextManager[tracking.Tracker]:
         return tracking.start(
             study=self.study.name,
             stage=self.name,
@@ -127,7 +133,7 @@ class Stage:
             inputs=self.inputs,
             resume_run_id=kept.read_text().strip() if kept.exists() else None,
             opened=lambda run_id: write_text(kept, run_id),
-            patience=0.0 if kept.exists() else SECONDS_BEFORE_SHOWN,
+            patience=0.0 if kept.exists() else patience,
             root=Path(),
         )
 
