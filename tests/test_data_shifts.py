@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage, stats
@@ -154,6 +154,7 @@ def batches(draw: st.DrawFn) -> np.ndarray:
     return np.random.default_rng(0).integers(low, high, shape, np.uint8, endpoint=True)
 
 
+@example(np.zeros((1, 1, 16, 16), np.uint8), "jpeg", 2, 0)
 @settings(max_examples=40, deadline=None)
 @given(batches(), st.sampled_from(SHIFTS), st.sampled_from(shifts.SEVERITIES), st.integers(0, 2**31 - 1))
 def test_any_size_any_content(images: np.ndarray, name: str, severity: int, seed: int) -> None:
@@ -161,7 +162,9 @@ def test_any_size_any_content(images: np.ndarray, name: str, severity: int, seed
     assert (result.shape, result.dtype) == (images.shape, images.dtype)
     average = ("defocus_blur", "motion_blur", "zoom_blur", "pixelate", "jpeg", "elastic", "contrast")
     if images.size and np.ptp(images) == 0 and name in average:
-        assert np.array_equal(result, images)
+        # JPEG rounds a block's mean to its quantisation step, at most 99 / 8 grey levels wide.
+        room = 99 / 16 if name == "jpeg" else 0
+        assert np.abs(result.astype(int) - images.astype(int)).max() <= room
 
 
 @pytest.mark.parametrize("severity", [0, 6, -1])
