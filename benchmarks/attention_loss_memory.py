@@ -2,7 +2,7 @@
 
     python benchmarks/attention_loss_memory.py
 
-12 layers, 6 heads, 64 numbers a head (ViT-S), one image, 197 to 1601 tokens. Counted: whatever the loss and its
+12 layers, 6 heads, 64 numbers a head (ViT-S), one image, 50 to 1601 tokens. Counted: whatever the loss and its
 gradient allocate beyond the queries and keys. Also the times, in turns.
 """
 
