@@ -297,7 +297,7 @@ REFUSED: list[tuple[str, Any, str]] = [
         "runs.distill.attention_loss.reduction: 'max' is refused",
     ),
     ("runs.linear_probe.layer_decay", 0.5, "runs.linear_probe.layer_decay, drop_path: linear_probe trains"),
-    ("runs.scratch.warmup_epochs", 100, "runs.scratch.warmup_epochs: 100.0 is not below epochs, 100"),
+    ("runs.scratch.warmup_epochs", 80, "runs.scratch.warmup_epochs: 80.0 is not below epochs, 80"),
     ("runs.scratch.min_learning_rate", 0.1, "runs.scratch.min_learning_rate: larger than learning_rate"),
     ("training.curve_images", 3001, "training.curve_images: 3001 is more than the 3000 validation images"),
     ("runs.scratch.batch_size", 501, "runs.scratch.batch_size: 501 is more than the 500 labelled images"),
