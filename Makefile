@@ -50,8 +50,9 @@ tune: setup
 ui: setup
 	python -m attention_transfer ui --port $(PORT)
 
+# Wants the machine for itself; QUICK=1 only tries the code.
 bench: setup
-	python benchmarks/cache_reading.py
+	python benchmarks/run.py $(if $(QUICK),--quick)
 
 lock: setup
 	uv pip compile --universal --python-version 3.11 --all-extras --no-annotate -q pyproject.toml -o requirements.lock

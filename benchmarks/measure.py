@@ -1,7 +1,8 @@
-"""What the benchmarks share: times taken in turns, peak memory, and benchmarks/results.json."""
+"""What the benchmarks share: times taken in turns, peak memory, arguments, and benchmarks/results.json."""
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import statistics
@@ -25,8 +26,10 @@ class Result:
     """One figure.
 
     Attributes:
+        name: `benchmark: what (device)`; the part before the colon is the name of the script.
         target: None where there is none to reach.
         better: whether a higher or a lower value is better.
+        unit: `x` for a ratio.
     """
 
     name: str
@@ -35,11 +38,22 @@ class Result:
     better: Literal["higher", "lower"]
     unit: str
 
-    @property
-    def reached(self) -> bool:
-        if self.target is None:
-            return True
-        return self.value >= self.target if self.better == "higher" else self.value <= self.target
+
+def reached(value: float, target: float | None, better: str) -> bool:
+    """Whether a value is at least as good as its target."""
+    if target is None:
+        return True
+    return value >= target if better == "higher" else value <= target
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    """The command line that all benchmarks have: `quick`, and where the results go."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a smoke test: tiny sizes, nothing is kept")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="default: %(default)s")
+    return parser.parse_args()
 
 
 def medians(
@@ -83,16 +97,27 @@ def peak_bytes(action: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def write(results: list[Result]) -> None:
-    """Puts the results into results.json, in the place of older ones of the same name and device."""
-    known: list[dict[str, Any]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
-    machine, versions = provenance.machine(), provenance.versions()
-    new = [{**asdict(result), "machine": machine, "versions": versions} for result in results]
-    names = {result.name for result in results}
-    write_json(RESULTS, [entry for entry in known if entry["name"] not in names] + new)
+def write(results: list[Result], options: argparse.Namespace) -> None:
+    """Prints results and keeps them, in the place of all that the same benchmark measured on this device."""
     for result in results:
-        target = "" if result.target is None else f"target {result.target:g} {result.unit}"
-        print(
-            f"{result.name:60} {result.value:9.3f} {result.unit:12} {target:22}"
-            f"{'' if result.reached else 'MISSED'}"
-        )
+        target = "" if result.target is None else f"target {result.target:.4g}"
+        missed = "" if reached(result.value, result.target, result.better) else "MISSED"
+        print(f"{result.name:80} {result.value:9.4g} {result.unit:8} {target:16}{missed}")
+    if options.quick:
+        return
+    known: list[dict[str, Any]] = json.loads(options.results.read_text()) if options.results.exists() else []
+    about = {"machine": _machine(), "versions": provenance.versions()}
+    new = [{**asdict(result), "value": float(f"{result.value:.4g}"), **about} for result in results]
+    replaced = {_origin(result.name) for result in results}
+    kept = [entry for entry in known if _origin(entry["name"]) not in replaced]
+    write_json(options.results, sorted(kept + new, key=lambda entry: _origin(entry["name"])))
+
+
+def _machine() -> dict[str, Any]:
+    machine = {**provenance.machine(), "threads": torch.get_num_threads()}
+    return {**machine, "gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else machine
+
+
+def _origin(name: str) -> tuple[str, str]:
+    """Benchmark and device of a result."""
+    return name.partition(":")[0], name.rpartition("(")[2]

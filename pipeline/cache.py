@@ -13,17 +13,19 @@ from attention_transfer.assembly import CachedSet, Parts
 from attention_transfer.evaluation.predictions import BATCH
 from attention_transfer.files import sha256, write_json
 from attention_transfer.training import machine
-from attention_transfer.transfer.attention_source import teacher_attention
 from attention_transfer.transfer.cache import CacheWriter
+from attention_transfer.transfer.teacher_source import teacher_attention, teacher_maps
 
 
 def main(this: Stage) -> None:
     name, study = this.instance["teacher"], this.study
     parts = Parts(study, this.layout, machine.prepare())
+    choice = plan.attention_source(study, name)
     sets: list[CachedSet] = []
-    if study.attention.source == "cache":
+    if choice.source == "cache":
         plan.check_room(study, this.layout, this.params_file)
-        sets = [which for which in get_args(CachedSet) if which != "test" or "test" in study.evaluation.sets]
+        sets = [which for which in get_args(CachedSet) if which in plan.cached_sets(study, name)]
+    print(f"{this.label}: attention.source is {choice}")
 
     def work() -> dict[str, Any]:
         caches = {which: write(parts, name, which) for which in sets}
@@ -33,7 +35,11 @@ def main(this: Stage) -> None:
 
     this.run(
         params={
-            "attention": study.attention.model_dump(mode="json"),
+            "attention": {
+                **study.attention.model_dump(mode="json"),
+                "source": choice.source,
+                "because": choice.reason,
+            },
             "views": study.views.model_dump(mode="json"),
             "training.precision": study.training.precision,
             "evaluation.sets": list(study.evaluation.sets),
@@ -54,37 +60,34 @@ def write(parts: Parts, name: str, which: CachedSet) -> dict[str, Any]:
     """Writes one set, from the shards that are there and verify."""
     study = parts.study
     architecture = study.teachers[name].architecture
-    layout = plan.cache_layout(architecture, study.data, study.attention.dtype)
+    layout = plan.cache_layout(architecture, study.data, study.attention)
     keys, teacher = parts.cache_keys(which), parts.teacher(name)
-    if which == "views":
-        examples = parts.split("labelled")
-        render_view = parts.renderer(examples, study.views)
-    else:
+    if which != "views":
         clean = parts.clean(parts.evaluated(which)[0].images)
     folder = parts.layout.cache(name) / which
     layers = tuple(range(architecture.depth))
+    take = teacher_maps if study.attention.content == "maps" else teacher_attention
     with CacheWriter(folder, layout=layout, recipe=parts.cache_recipe(name, which), keys=keys) as writer:
         for piece in tqdm(list(writer.pending()), desc=f"cache {name} {which}", unit="shard", mininterval=5):
             for start in range(piece.start, piece.stop, BATCH):
                 rows = np.arange(start, min(start + BATCH, piece.stop))
                 # Key rows run view by view: a batch may touch two views.
-                images = (
-                    torch.cat(
-                        [
-                            render_view(rows[keys[rows, 1] == view] % len(examples), int(view))
-                            for view in np.unique(keys[rows, 1])
-                        ]
-                    )
-                    if which == "views"
-                    else clean(rows)
-                )
+                images = views(parts, keys[rows, 1], rows) if which == "views" else clean(rows)
                 with torch.autocast(
                     parts.device.type, torch.bfloat16, enabled=study.training.precision == "bfloat16"
                 ):
-                    attention = teacher_attention(teacher, images, layers)
+                    attention = take(teacher, images, layers)
                 writer.write(attention.cpu())
     stored = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     return {"fingerprint": sha256(folder / "manifest.json"), "megabytes": round(stored / 1e6, 3)}
+
+
+def views(parts: Parts, numbers: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+    """Views of the labelled images for rows of the cache, which run view by view: a batch may touch several."""
+    count = len(parts.labelled)
+    return torch.cat(
+        [parts.labelled.render(rows[numbers == view] % count, int(view)) for view in np.unique(numbers)]
+    )
 
 
 if __name__ == "__main__":

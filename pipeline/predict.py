@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from attention_transfer.assembly import CachedSet, Parts
+from attention_transfer.assembly import Parts
 from attention_transfer.data import shifted, views
 from attention_transfer.data.images import ImageSet
 from attention_transfer.evaluation import predictions
 from attention_transfer.files import fingerprint, sha256
 from attention_transfer.models import students
 from attention_transfer.provenance import code_fingerprint
+from attention_transfer.teaching import teacher_source
 from attention_transfer.training import machine
 from attention_transfer.transfer import methods
-from attention_transfer.transfer.attention_source import AttentionSource
+from attention_transfer.transfer.teacher_source import TeacherSource
 
 
 def main(this: Stage) -> None:
@@ -88,25 +89,23 @@ def predictor(parts: Parts, name: str, seed: int) -> Callable[[str, ImageSet, np
     """A function from an image set to the student's logits."""
     study = parts.study
     student = students.load(parts.layout.student(name, seed), made_by=f"train@{name}-{seed}").to(parts.device)
-    method = methods.build(study.runs[name], student, study.layers(name))
-    online: list[AttentionSource] = []  # made once, for all the sets that are not cached
+    method = methods.build(study, name, student)
+    needs = method.needs if method.teacher_at_inference else None
+    uncached: list[TeacherSource | None] = []  # made once, for all the sets that are not cached
 
-    def attention(which: str) -> AttentionSource:
-        cached: CachedSet | None = which if which in ("validation", "test") else None  # type: ignore[assignment]
-        if cached and study.attention.source == "cache":
-            return parts.attention(name, cached)
-        if not online:
-            online.append(parts.attention(name, None))
-        return online[0]
+    def teacher(which: str) -> TeacherSource | None:
+        if which in ("validation", "test") and parts.attention_source(study.runs[name].teacher) == "cache":
+            return teacher_source(parts, name, which, needs)  # type: ignore[arg-type]
+        if not uncached:
+            uncached.append(teacher_source(parts, name, None, needs))
+        return uncached[0]
 
     def predict(which: str, images: ImageSet, examples: np.ndarray) -> Tensor:
-        clean = parts.clean(images.images)
-        source = attention(which) if method.teacher_at_inference else None
+        clean, source = parts.clean(images.images), teacher(which)
 
         def rows_to_logits(rows: np.ndarray) -> Tensor:
             batch = clean(rows)
-            bfloat16 = study.training.precision == "bfloat16"
-            with torch.autocast(parts.device.type, torch.bfloat16, enabled=bfloat16):
+            with torch.autocast(parts.device.type, torch.bfloat16, enabled=parts.bfloat16):
                 given = source(batch, examples[rows], views.CLEAN) if source else None
                 return method.logits(student, batch, given)
 

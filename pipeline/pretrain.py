@@ -18,7 +18,7 @@ from attention_transfer.models.masked_autoencoder import MaskedAutoencoder
 from attention_transfer.training import machine
 from attention_transfer.training.checkpoint import Checkpoint
 from attention_transfer.training.loop import fit
-from attention_transfer.training.tasks import PretrainingTask
+from attention_transfer.training.pretraining_task import PretrainingTask
 
 CURVE = ["epoch", "step", "reconstruction_loss", "learning_rate"]
 

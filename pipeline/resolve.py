@@ -8,6 +8,7 @@ from attention_transfer.stage import Stage, run_script
 
 from typing import Any
 
+from attention_transfer import config
 from attention_transfer.files import read_json, sha256, write_json
 
 
@@ -16,14 +17,24 @@ def main(this: Stage) -> None:
     run = study.runs[name]
     uses: dict[str, object] = {
         "run": run.model_dump(mode="json"),
-        "architecture": study.teachers[run.teacher].architecture.model_dump(mode="json"),
+        "architecture": study.architecture(name).model_dump(mode="json"),
     }
-    if run.method != "scratch":
+    if run.method not in ("scratch", "distill_logits"):
         uses["teacher"] = sha256(layout.teacher_weights(run.teacher))
-    if run.method in ("copy", "distill"):
-        # The budget decides whether a cache may be written, not what it holds.
-        uses["attention"] = study.attention.model_dump(mode="json", exclude={"budget_gb"})
-        uses["cache"] = read_json(layout.cache_manifest(run.teacher), made_by=f"cache@{run.teacher}")
+    if run.initial is not None:
+        uses["initial"] = sha256(layout.teacher_weights(run.initial))
+    if run.logit_loss is not None:
+        weights = layout.finetuned_teacher(run.logit_loss.teacher) / "model.safetensors"
+        uses["finetuned_teacher"] = sha256(weights)
+    if run.method in config.COPIES_ATTENTION and run.transfer != "value":  # values are never cached
+        cache = read_json(layout.cache_manifest(run.teacher), made_by=f"cache@{run.teacher}")
+        # The budget decides whether a cache may be written, not what it holds; `auto` is not what training
+        # depends on, but what the stage `cache` has resolved it to.
+        uses["attention"] = {
+            **study.attention.model_dump(mode="json", exclude={"budget_gb"}),
+            "source": "cache" if cache else "online",
+        }
+        uses["cache"] = cache
 
     def work() -> dict[str, Any]:
         write_json(layout.resolved(name), uses)

@@ -23,13 +23,20 @@ from attention_transfer.errors import StudyError
 
 ROOT = Path(__file__).parents[1]
 STUDIES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
-NAMED = ("teachers", "runs", "ensembles")  # sections whose keys are names that the user chose
+NAMED = (
+    "teachers",
+    "finetuned_teachers",
+    "runs",
+    "ensembles",
+)  # sections whose keys are names that the user chose
 
 
 def core() -> dict[str, Any]:
     """params.yaml as DVC reads it, which is not by the code under test."""
     values = YAML(typ="safe").load(ROOT / "params.yaml")
     assert isinstance(values, dict)
+    # One of each section that may be empty, so that its keys are tested too.
+    values["finetuned_teachers"] = {"tutor": {"seed": 1, "run": dict(values["runs"]["finetune"])}}
     return values
 
 
@@ -96,7 +103,7 @@ def test_every_study_of_the_repository_loads(path: Path) -> None:
     assert study.grid == [(run, seed) for run in study.runs for seed in study.seeds]
 
 
-def test_every_value_arrives() -> None:
+def test_every_value_arrives(tmp_path: Path) -> None:
     """Each value of the file is found under its dotted name, and defaults only in runs."""
 
     def compare(found: Any, written: Any, key: str) -> None:
@@ -110,7 +117,7 @@ def test_every_value_arrives() -> None:
         else:
             assert (list(found) if isinstance(found, tuple) else found) == written, key
 
-    compare(config.load(ROOT / "params.yaml"), CORE, "")
+    compare(load(tmp_path, CORE), CORE, "")
 
 
 def test_a_study_is_frozen() -> None:
@@ -195,7 +202,9 @@ def test_keys_of_other_teachers(keys: tuple[str, ...], declared: str, tmp_path: 
 def test_missing_keys_are_named(path: tuple[str, ...], tmp_path: Path) -> None:
     """Only runs have defaults."""
     optional = {"layers", "attention_loss", "layer_decay", "weight_decay", "label_smoothing", "warmup_epochs"}
-    needed = section_at(CORE, path).keys() - ({*optional, "reduction"} if path[:1] == ("runs",) else {"kind"})
+    needed = section_at(CORE, path).keys() - (
+        {*optional, "reduction"} if {"runs", "run"} & set(path) else {"kind"}
+    )
     values = changed()
     for key in needed:
         del section_at(values, path)[key]
@@ -223,6 +232,7 @@ def test_keys_that_a_method_or_a_kind_needs(key: str, says: str, tmp_path: Path)
 
 TEACHER = CORE["teachers"]["mae"]
 RUN = CORE["runs"]["scratch"]
+ARCHITECTURE = CORE["teachers"]["mae"]["architecture"]
 REFUSED: list[tuple[str, Any, str]] = [
     # key, value, what the message says of it; the key as the message gives it comes before a `|`
     ("data.labelled", "500", "data.labelled: '500' is refused"),
@@ -245,12 +255,19 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("views.flip", "yes", "views.flip: 'yes' is refused"),
     ("views.flip", True, "views.flip: True is refused"),
     ("views.flip", 1.5, "views.flip: 1.5 is refused"),
+    ("views.mixup", -0.1, "views.mixup: -0.1 is refused"),
+    ("views.cutmix", 101, "views.cutmix: 101 is refused"),
     ("views.crop_scale", [0.9, 0.5], "views.crop_scale: the smallest value, 0.9, is larger than the largest"),
     ("views.crop_ratio", [2.0, 1.0], "views.crop_ratio: the smallest value, 2.0, is larger than"),
     ("views.crop_scale", [0.0, 1.0], "views.crop_scale.0: 0.0 is refused"),
     ("views.crop_scale", [0.5, 1.0, 1.0], "views.crop_scale"),
     ("views.crop_scale", 0.5, "views.crop_scale: 0.5 is refused: Input should be a list"),
-    ("attention.source", "disk", "attention.source: 'disk' is refused: Input should be 'cache' or 'online'"),
+    (
+        "attention.source",
+        "disk",
+        "attention.source: 'disk' is refused: Input should be 'cache', 'online' or 'auto'",
+    ),
+    ("attention.content", "values", "attention.content: 'values' is refused"),
     ("attention.dtype", "float8", "attention.dtype: 'float8' is refused"),
     ("attention.budget_gb", 0, "attention.budget_gb: 0 is refused"),
     ("training.clip_norm", 0.0, "training.clip_norm: 0.0 is refused"),
@@ -282,6 +299,64 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("runs.copy.layers", [], "runs.copy.layers: method copy needs the layers to transfer"),
     ("runs.copy.layers", "none", "runs.copy.layers: 'none' is refused: Input should be 'all'"),
     ("runs.copy.layers", [-1], "runs.copy.layers.0: -1 is refused"),
+    ("runs.copy.transfer", "values", "runs.copy.transfer: 'values' is refused"),
+    ("runs.scratch.transfer", "key", "runs.scratch.transfer: method scratch transfers no attention; remove"),
+    ("runs.finetune.heads", [0], "runs.finetune.heads: method finetune transfers no attention; remove this"),
+    ("runs.scratch.average", "heads", "runs.scratch.average: method scratch transfers no attention; remove"),
+    ("runs.copy.heads", [], "runs.copy.heads: is empty; at least one is needed"),
+    ("runs.copy.heads", [1, 1], "runs.copy.heads: [1, 1] names a head twice"),
+    ("runs.copy.heads", [0, 4], "runs.copy.heads: [4] lie beyond the 4 heads, 0 to 3"),
+    ("runs.copy.heads", ["a"], "runs.copy.heads.0: 'a' is refused"),
+    (
+        "runs.copy.heads_per_layer",
+        [[0]],
+        "runs.copy.heads_per_layer: 1 lists; layers must be a list of as many",
+    ),
+    ("runs.copy.heads_per_layer", [[]], "runs.copy.heads_per_layer: is empty"),
+    ("runs.copy.average", "keys", "runs.copy.average: 'keys' is refused"),
+    ("runs.scratch.initial", "moe", "runs.scratch.initial: 'moe' is not defined; did you mean 'mae'?"),
+    (
+        "runs.finetune.initial",
+        "mae",
+        "runs.finetune.initial: method finetune starts from its teacher; remove",
+    ),
+    ("runs.linear_probe.architecture", ARCHITECTURE, "runs.linear_probe.architecture: method linear_probe"),
+    (
+        "runs.scratch.architecture",
+        {**ARCHITECTURE, "heads": 5},
+        "runs.scratch.architecture.heads: 5 does not divide width, 96",
+    ),
+    (
+        "runs.scratch.architecture",
+        {**ARCHITECTURE, "patch_size": 8},
+        "runs.scratch.architecture.patch_size: 8 does not divide data.image_size, 28",
+    ),
+    (
+        "runs.copy.architecture",
+        {**ARCHITECTURE, "patch_size": 4},
+        "runs.copy.architecture.patch_size: 4 makes other tokens than the teacher's 7",
+    ),
+    (
+        "runs.copy.architecture",
+        {**ARCHITECTURE, "depth": 7},
+        "runs.copy.layers: all are the student's 7, the teacher has 6",
+    ),
+    (
+        "runs.copy.architecture",
+        {**ARCHITECTURE, "heads": 3},
+        "runs.copy.architecture.heads: 3 heads cannot take the maps of 4: one number must divide",
+    ),
+    (
+        "runs.distill.attention_loss",
+        {"weight": 1.0, "temperature": 0.0},
+        "runs.distill.attention_loss.temperature: 0.0 is refused",
+    ),
+    (
+        "runs.distill.feature_loss",
+        {"weight": 1.0},
+        "runs.distill.feature_loss: needed by method distill_feat",
+    ),
+    ("runs.distill.logit_loss", {"weight": 1.0, "teacher": "t"}, "runs.distill.logit_loss: needed by method"),
     ("runs.scratch.layers", "all", "runs.scratch.layers: method scratch transfers no attention; remove this"),
     ("runs.finetune.layers", [0], "runs.finetune.layers: method finetune transfers no attention"),
     (
@@ -327,6 +402,128 @@ REFUSED: list[tuple[str, Any, str]] = [
 def test_an_impossible_value_is_refused(key: str, value: Any, says: str, tmp_path: Path) -> None:
     message = refusal(tmp_path, changed(**{key.replace(".", "__"): value}))
     assert any(line.startswith(says) for line in message.split("\n  "))
+
+
+CONFLICTS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"transfer": "key", "average": "heads"},
+        "runs.copy.average: concerns maps, and transfer is key; remove this key",
+    ),
+    (
+        {"layers": [0, 2], "heads": [0], "heads_per_layer": [[0], [1]]},
+        "runs.copy.heads_per_layer: stands instead of heads; remove one of them",
+    ),
+    (
+        {"layers": [2, 0], "heads_per_layer": [[0], [1]]},
+        "runs.copy.layers: must stand in order from the input beside heads_per_layer",
+    ),
+    (
+        {"layers": [0, 2], "heads_per_layer": [[0], [1, 1]]},
+        "runs.copy.heads_per_layer: [1, 1] names a head twice",
+    ),
+    (
+        {"layers": [0, 2], "heads_per_layer": [[0], [4]]},
+        "runs.copy.heads: [4] lie beyond the 4 heads, 0 to 3",
+    ),
+    (
+        {"transfer": "query", "architecture": {**ARCHITECTURE, "heads": 2}},
+        "runs.copy.transfer: query needs the teacher's width and heads, 96 and 4; the student has 96 and 2",
+    ),
+    (
+        {"transfer": "value", "architecture": {**ARCHITECTURE, "width": 48}},
+        "runs.copy.transfer: value needs the teacher's width and heads, 96 and 4; the student has 48 and 4",
+    ),
+    (
+        {"heads": [0], "architecture": {**ARCHITECTURE, "heads": 2}},
+        "runs.copy.heads: cannot be chosen where teacher and student have other numbers",
+    ),
+    (
+        {"layers": [4], "architecture": {**ARCHITECTURE, "depth": 3}},
+        "runs.copy.layers: [4] lie beyond the student's 3 layers, 0 to 2",
+    ),
+    (
+        {"initial": "mae", "architecture": {**ARCHITECTURE, "depth": 3}, "layers": [0]},
+        "runs.copy.initial: mae has another architecture",
+    ),
+    (
+        {
+            "method": "distill_features",
+            "feature_loss": {"weight": 1.0},
+            "architecture": {**ARCHITECTURE, "width": 48},
+        },
+        "runs.copy.architecture.width: 48 is not the teacher's, 96, whose features are compared one by one",
+    ),
+    (
+        {"method": "distill_logits", "layers": None, "logit_loss": {"weight": 1.0, "teacher": "mae"}},
+        "runs.copy.logit_loss.teacher: 'mae' is not defined; known are",
+    ),
+    ({"method": "distill_features"}, "runs.copy.feature_loss: needed by method distill_features, and by no"),
+]
+
+
+@pytest.mark.parametrize(("keys", "says"), CONFLICTS, ids=lambda part: str(part)[:60])
+def test_keys_of_a_run_that_contradict_each_other_are_refused(
+    keys: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    message = refusal(tmp_path, changed(runs__copy={**CORE["runs"]["copy"], **keys}))
+    assert message.startswith(says)
+
+
+def test_a_temperature_concerns_maps_and_no_means_of_maps(tmp_path: Path) -> None:
+    run = {**CORE["runs"]["distill"], "attention_loss": {"weight": 1.0, "temperature": 2.0}}
+    for key, value, says in (
+        ("transfer", "key", "runs.distill.attention_loss.temperature: concerns maps, and transfer is key"),
+        ("average", "heads", "runs.distill.average: a mean of maps has no temperature"),
+    ):
+        assert refusal(tmp_path, changed(runs__distill={**run, key: value})).startswith(says)
+
+
+def test_a_fine_tuned_teacher_is_checked_like_a_run(tmp_path: Path) -> None:
+    run = CORE["runs"]["finetune"]
+    for wrong, says in (
+        (
+            {"method": "scratch", "layer_decay": 1.0},
+            "finetuned_teachers.t.run.method: scratch is not finetune",
+        ),
+        ({"teacher": "moe"}, "finetuned_teachers.t.run.teacher: 'moe' is not defined; did you mean 'mae'?"),
+        (
+            {"batch_size": 501},
+            "finetuned_teachers.t.run.batch_size: 501 is more than the 500 labelled images",
+        ),
+        ({"epoch": 3}, "finetuned_teachers.t.run.epoch: unknown key; did you mean 'epochs'?"),
+    ):
+        values = changed(finetuned_teachers={"t": {"seed": 1, "run": {**run, **wrong}}})
+        assert refusal(tmp_path, values).startswith(says)
+    study = load(tmp_path, changed(finetuned_teachers={"t": {"seed": 1, "run": run}}))
+    assert set(study.tutors.runs) == {"t"}
+    assert study.tutors.runs["t"] == study.runs["finetune"]
+
+
+def test_maps_are_not_stored_as_integers(tmp_path: Path) -> None:
+    message = refusal(tmp_path, changed(attention__content="maps", attention__dtype="int8"))
+    assert message.startswith("attention.dtype: maps are stored as floats: choose float16 or float32")
+
+
+def test_mixed_views_need_batches_of_pairs(tmp_path: Path) -> None:
+    for key in ("mixup", "cutmix"):
+        values = changed(runs__copy__batch_size=25, **{f"views__{key}": 0.8})
+        message = refusal(tmp_path, values)
+        assert message.startswith(
+            "runs.copy.batch_size: 25 is odd, but views.mixup and views.cutmix mix pairs"
+        )
+
+
+def test_heads_are_counted_for_each_layer(tmp_path: Path) -> None:
+    run = CORE["runs"]["copy"]
+    study = load(tmp_path, changed(runs__copy=run))
+    assert study.heads("copy") == ((0, 1, 2, 3),) * 6
+    study = load(tmp_path, changed(runs__copy={**run, "layers": [3, 1], "heads": [2, 0]}))
+    assert (study.layers("copy"), study.heads("copy")) == ((1, 3), ((0, 2), (0, 2)))
+    study = load(tmp_path, changed(runs__copy={**run, "layers": [1, 3], "heads_per_layer": [[3, 0], [1]]}))
+    assert study.heads("copy") == ((0, 3), (1,))
+    small = {**ARCHITECTURE, "heads": 2, "depth": 4}
+    study = load(tmp_path, changed(runs__copy={**run, "architecture": small}))
+    assert (study.layers("copy"), study.heads("copy")) == ((0, 1, 2, 3), ((0, 1),) * 4)
 
 
 def test_an_ensemble_of_a_run_with_itself_needs_two_seeds(tmp_path: Path) -> None:

@@ -125,7 +125,8 @@ def test_a_killed_writer_leaves_a_whole_file(number: signal.Signals, tmp_path: P
     """Killed at several moments; only after SIGKILL may a temporary remain, under the name that says so."""
     path = tmp_path / "file"
     script = (
-        "import itertools, sys\nfrom pathlib import Path\nfrom attention_transfer import files\n"
+        "import itertools, signal, sys\nfrom pathlib import Path\nfrom attention_transfer import files\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
         "for i in itertools.count():\n    files.write_text(Path(sys.argv[1]), str(i % 10) * 3_000_000)\n"
     )
     for pause in (0.0, 0.003, 0.011):
@@ -134,7 +135,10 @@ def test_a_killed_writer_leaves_a_whole_file(number: signal.Signals, tmp_path: P
             time.sleep(0.005)
         time.sleep(pause)
         writer.send_signal(number)
-        writer.wait(timeout=30)
+        try:
+            writer.wait(timeout=30)
+        finally:
+            writer.kill()
         content = path.read_text()
         assert len(content) == 3_000_000
         assert len(set(content)) == 1

@@ -3,96 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from timm.layers import Attention as TimmAttention
-from timm.layers import AttentionRope, DiffAttention
+from timm.layers import AttentionRope
 from timm.models import VisionTransformer
-from timm.models.beit import Beit
-from timm.models.deit import VisionTransformerDistilled
+from timm.models.cait import Cait
 from timm.models.eva import Eva
-from timm.models.vision_transformer import ParallelScalingBlock
-from timm.models.vision_transformer_relpos import VisionTransformerRelPos
-from timm.models.xcit import XCA
+from timm.models.hiera import Hiera
+from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import (
+    DiffParallelScalingBlock,
+    ParallelScalingBlock,
+    ParallelThingsBlock,
+)
+from timm.models.xcit import Xcit
+from tiny_vits import DEPTH, FAMILIES, HEADS, TINY, TOKENS, WIDTH, capture, make, make_images, untouched
 from torch import Tensor, nn
 
-from attention_transfer.models.attention import Attention, ValueAttention, hand_over, read, slim
-
-WIDTH, DEPTH, HEADS, TOKENS = 16, 3, 2, 5
-TINY: dict[str, Any] = {
-    "img_size": 8,
-    "patch_size": 4,
-    "in_chans": 1,
-    "embed_dim": WIDTH,
-    "depth": DEPTH,
-    "num_heads": HEADS,
-}
-PLAIN: dict[str, dict[str, Any]] = {
-    "plain": {"global_pool": "avg", "fc_norm": True},
-    "class_token": {},
-    "pre_norm": {"pre_norm": True},
-    "qk_norm": {"qk_norm": True},
-    "attention_norm": {"scale_attn_norm": True},
-    "layer_scale_and_registers": {"init_values": 0.1, "reg_tokens": 2},
-    "attention_pool": {"global_pool": "map"},  # which calls the same function as the blocks
-}
-OTHERS: dict[str, Callable[[], nn.Module]] = {
-    "deit_distilled": lambda: VisionTransformerDistilled(**TINY, num_classes=3),
-    "eva": lambda: Eva(**TINY, num_classes=3, init_values=0.1),
-    "eva02": lambda: Eva(
-        **TINY, num_classes=3, use_rot_pos_emb=True, qkv_fused=False, swiglu_mlp=True, scale_mlp=True,
-        scale_attn_inner=True,
-    ),
-    "dinov3": lambda: Eva(
-        **TINY, num_classes=3, use_rot_pos_emb=True, use_abs_pos_emb=False, rope_type="dinov3",
-        rope_rotate_half=True, num_reg_tokens=2, init_values=0.1, qkv_bias=False, use_fc_norm=False,
-    ),
-    "rotary_attention": lambda: Eva(**TINY, num_classes=3, use_rot_pos_emb=True, attn_type="rope"),
-    "rotary_mixed": lambda: Eva(
-        **TINY, num_classes=3, use_rot_pos_emb=True, rope_type="mixed", attn_type="rope"
-    ),
-    "beit": lambda: Beit(**TINY, num_classes=3, use_rel_pos_bias=True, init_values=0.1),
-    "beit_shared_bias": lambda: Beit(**TINY, num_classes=3, use_shared_rel_pos_bias=True),
-    "relative_positions": lambda: VisionTransformerRelPos(**TINY, num_classes=3, rel_pos_type="bias"),
-    "relative_positions_mlp": lambda: VisionTransformerRelPos(**TINY, num_classes=3, rel_pos_type="mlp"),
-}  # fmt: skip
-FAMILIES = (*PLAIN, *OTHERS)
-
-
-def make(family: str = "plain", seed: int = 0) -> Any:
-    """A tiny model, in eval mode, whose maps are far from uniform."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        build = OTHERS.get(family) or (lambda: VisionTransformer(**TINY, num_classes=3, **PLAIN[family]))
-        model: Any = build()
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "attn." in name and "norm" not in name and "attn.proj." not in name:
-                    parameter.normal_(std=0.7)  # queries, keys, values, their biases, relative positions
-                if "rel_pos_bias" in name or name.startswith("head"):
-                    parameter.normal_(std=0.5)
-    return model.eval()
-
-
-def make_images(count: int = 4, seed: int = 0) -> Tensor:
-    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
-
-
-def capture(model: nn.Module, images: Tensor, layers: range | tuple[int, ...] = range(DEPTH)) -> Any:
-    with torch.no_grad(), read(model, layers) as found:
-        model(images)
-    return found
-
-
-def untouched(model: Any) -> bool:
-    return all(
-        "forward" not in vars(block.attn) and getattr(block.attn, "handed_over", None) is None
-        for block in model.blocks
-    )
+from attention_transfer.models.attention import Attention, hand_over, read, slim
+from attention_transfer.models.attention_families import REFUSED
+from attention_transfer.models.value_attention import ValueAttention
 
 
 def naive_map(queries: Tensor, keys: Tensor, bias: Tensor | None, scale: float | None) -> np.ndarray:
@@ -149,7 +83,7 @@ def test_captured_maps_are_those_that_timm_materialises_and_their_products_its_o
         logits = model(images)
     for hook in hooks:
         hook.remove()
-    found = capture(model, images)  # which switches the fused function on
+    found = capture(model, images)
     assert sorted(found) == sorted(maps) == list(range(DEPTH))
     for layer, expected in maps.items():
         torch.testing.assert_close(found[layer].map(), expected, atol=1e-5, rtol=1e-5)
@@ -190,6 +124,7 @@ def test_reading_sees_a_model_that_timm_built_without_fused_attention() -> None:
     found = capture(model, images)
     assert sorted(found) == sorted(expected)
     torch.testing.assert_close(found[2].map(), expected[2].map())
+    assert not any(block.attn.fused_attn for block in model.blocks)
 
 
 def test_gradients_flow_through_what_was_read() -> None:
@@ -240,6 +175,90 @@ def test_handing_over_replaces_the_given_layers_alone() -> None:
     assert torch.equal(seen[1].keys, foreign[1].keys)
     assert not torch.allclose(seen[2].queries, own[2].queries)  # its input has changed
     assert not torch.allclose(seen[2].queries, foreign[2].queries)
+
+
+class TeacherQueries:
+    """The teacher's queries with the layer's own keys, in some heads alone."""
+
+    def __init__(self, teacher: Attention, heads: list[int]) -> None:
+        self.teacher, self.heads = teacher, heads
+
+    def replace(self, own: Attention) -> Tensor:
+        queries = own.queries.clone()
+        queries[:, self.heads] = self.teacher.queries[:, self.heads]
+        assert own.values is not None
+        return Attention(queries, own.keys, own.bias, own.scale).apply(own.values)
+
+
+class Remember:
+    """Changes nothing, and keeps what it was asked about."""
+
+    def replace(self, own: Attention) -> Tensor:
+        self.own = own
+        return own.replace(own)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_replacement_is_asked_about_the_layers_own_attention(family: str) -> None:
+    model, images, remember = make(family), make_images(), Remember()
+    read_before = capture(model, images)[1]
+    with torch.no_grad():
+        expected = model(images)
+        with hand_over(model, {1: remember}):
+            torch.testing.assert_close(model(images), expected, atol=1e-6, rtol=1e-6)
+    for name in ("queries", "keys", "values", "bias"):
+        before, own = getattr(read_before, name), getattr(remember.own, name)
+        assert own is before is None or torch.equal(own, before)
+    assert remember.own.scale == read_before.scale
+
+
+@pytest.mark.parametrize("heads", [[], [1], [0, 1]], ids=str)
+def test_queries_of_some_heads_alone_can_be_replaced(heads: list[int]) -> None:
+    model, images = make(), make_images()
+    own, foreign = capture(model, images)[1], capture(model, make_images(seed=1))[1]
+    outputs: list[Tensor] = []
+    hook = model.blocks[1].attn.proj.register_forward_pre_hook(lambda _, tokens: outputs.append(tokens[0]))
+    with torch.no_grad(), hand_over(model, {1: TeacherQueries(foreign, heads)}):
+        model(images)
+    hook.remove()
+    for head in range(HEADS):
+        queries = (foreign if head in heads else own).queries[:, head : head + 1]
+        expected = naive_map(queries, own.keys[:, head : head + 1], None, None)[:, 0]
+        mixed = expected @ own.values[:, head].double().numpy()
+        width = WIDTH // HEADS
+        np.testing.assert_allclose(outputs[0][..., head * width : (head + 1) * width], mixed, atol=1e-5)
+
+
+def test_a_map_of_equal_logits_is_the_mean_of_the_values() -> None:
+    uniform = Attention(torch.zeros(2, 3, 5, 4), torch.randn(2, 3, 5, 4))
+    values = torch.randn(2, 3, 5, 6)
+    own = Attention(torch.randn(2, 3, 5, 7), torch.randn(2, 3, 5, 7), values=values)
+    expected = values.mean(dim=2, keepdim=True).expand_as(values)
+    torch.testing.assert_close(uniform.replace(own), expected)
+
+
+def test_other_heads_or_tokens_are_not_broadcast() -> None:
+    attention = Attention(torch.randn(2, 1, 5, 4), torch.randn(2, 1, 5, 4))
+    with pytest.raises(ValueError, match="values of 3 heads and 5 tokens, got 1 heads and 5 tokens"):
+        attention.apply(torch.randn(2, 3, 5, 4))
+    with pytest.raises(ValueError, match="values of 1 heads and 6 tokens"):
+        attention.apply(torch.randn(2, 1, 6, 4))
+
+
+def test_nothing_is_mixed_without_values() -> None:
+    attention = Attention(torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 2, 3))
+    with pytest.raises(ValueError, match="without its values"):
+        attention.replace(attention)
+
+
+def test_a_layer_without_queries_needs_a_whole_map() -> None:
+    model = make()
+    slim(model, (1,))
+    with (
+        pytest.raises(TypeError, match="layer without queries and keys"),
+        hand_over(model, {1: Remember()}),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("slimmed", [False, True], ids=["ordinary", "slimmed"])
@@ -335,54 +354,141 @@ def test_grouped_queries_are_not_slimmed() -> None:
 
 
 def test_queries_and_keys_stand_for_a_map_only_without_a_bias() -> None:
-    assert len(capture(make("eva02"), make_images())[0].queries_and_keys()) == 2
-    for family in ("beit", "relative_positions"):
+    assert len(capture(make("EVA02"), make_images())[0].queries_and_keys()) == 2
+    for family in ("BEiT, BEiTv2", "ViT with relative positions"):
         with pytest.raises(TypeError, match="attention bias"):
             capture(make(family), make_images())[0].queries_and_keys()
-
-
-def swin() -> nn.Module:
-    return timm.create_model(
-        "swin_tiny_patch4_window7_224",
-        img_size=32,
-        window_size=2,
-        embed_dim=8,
-        depths=(1, 1),
-        num_heads=(1, 2),
-    )
 
 
 class BlocksOf(nn.Module):
     """A model with one block, whose attention is given."""
 
-    def __init__(self, attention: nn.Module | None = None, block: nn.Module | None = None) -> None:
+    def __init__(self, attention: nn.Module) -> None:
         super().__init__()
-        if block is None:
-            block = nn.Module()
-            block.attn = attention
+        block = nn.Module()
+        block.attn = attention
         self.blocks = nn.ModuleList([block])
+
+
+def multiscale(pool_first: bool) -> nn.Module:
+    sizes = MultiScaleVitCfg(depths=(1, 1), embed_dim=8, stride_q=((1, 1), (2, 2)), pool_first=pool_first)
+    return MultiScaleVit(sizes, img_size=(32, 32))
+
+
+REFUSED_MODELS: dict[str, Callable[[], nn.Module]] = {
+    "ParallelScalingBlock": lambda: VisionTransformer(**TINY, block_fn=ParallelScalingBlock),
+    "ParallelThingsBlock": lambda: VisionTransformer(**TINY, block_fn=ParallelThingsBlock),
+    "DiffParallelScalingBlock": lambda: VisionTransformer(**TINY, block_fn=DiffParallelScalingBlock),
+    "DiffAttention": lambda: VisionTransformer(**TINY, attn_layer="diff"),
+    "MaskUnitAttention": lambda: Hiera(img_size=(64, 64), embed_dim=8, stages=(1, 1, 1, 1)),
+    "MultiScaleAttention": lambda: multiscale(False),
+    "MultiScaleAttentionPoolFirst": lambda: multiscale(True),
+    "WindowAttention": lambda: SwinTransformer(
+        img_size=32, window_size=2, embed_dim=8, depths=(1, 1), num_heads=(1, 2)
+    ),
+    "XCA": lambda: Xcit(**TINY | {"img_size": 32, "patch_size": 8, "embed_dim": 32}),
+    "TalkingHeadAttn": lambda: Cait(**TINY),
+}
+
+
+def assert_refused(model: nn.Module, message: str) -> None:
+    with pytest.raises(TypeError, match=message), read(model, (0,)):
+        pass
+    with pytest.raises(TypeError, match=message), hand_over(model, {}):
+        pass
+    with pytest.raises(TypeError, match=message):
+        slim(model, (0,))
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_models_that_attend_otherwise_are_refused_with_the_reason(kind: str) -> None:
+    with torch.device("meta"):
+        model = REFUSED_MODELS[kind]()
+    assert_refused(model, rf"{type(model).__name__} has .*, {REFUSED[kind]} \({kind}\)")
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (swin, "SwinTransformer has no transformer blocks"),
-        (lambda: BlocksOf(DiffAttention(WIDTH, HEADS)), "DiffAttention: cannot be served, it subtracts"),
-        (
-            lambda: BlocksOf(block=ParallelScalingBlock(WIDTH, HEADS)),
-            "ParallelScalingBlock: cannot be served",
-        ),
-        (lambda: BlocksOf(XCA(WIDTH, HEADS)), "attends between channels"),
-        (
-            lambda: BlocksOf(nn.Identity()),
-            "Identity: cannot be served, it is none of Attention, AttentionRope",
-        ),
-        (lambda: nn.Linear(2, 2), "Linear has no transformer blocks"),
+        (lambda: BlocksOf(nn.Identity()), "Identity: cannot be served, it is none of Attention, Att"),
+        (lambda: nn.Linear(2, 2), "Linear has no transformer blocks$"),
     ],
-    ids=["windowed", "differential", "parallel", "channels", "unknown", "no_transformer"],
+    ids=["unknown", "no_transformer"],
 )
-def test_other_models_are_refused(build: Callable[[], nn.Module], message: str) -> None:
-    with pytest.raises(TypeError, match=message), read(build(), (0,)):
-        pass
-    with pytest.raises(TypeError, match=message):
-        slim(build(), (0,))
+def test_models_of_other_kinds_are_refused(build: Callable[[], nn.Module], message: str) -> None:
+    assert_refused(build(), message)
+
+
+def masked(mask: Tensor | None, causal: bool, images: Tensor) -> tuple[nn.Module, Callable[[], Tensor]]:
+    model = Eva(**TINY, use_rot_pos_emb=True).eval()
+    return model, lambda: model(images, attn_mask=mask, is_causal=causal)
+
+
+@pytest.mark.parametrize("kind", ["boolean", "causal", "additive"])
+def test_masks_are_part_of_what_is_read(kind: str) -> None:
+    torch.manual_seed(0)
+    visible = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
+    mask = {
+        "boolean": visible,
+        "causal": None,
+        "additive": torch.zeros(TOKENS, TOKENS).masked_fill(~visible, float("-inf")),
+    }[kind]
+    model, run = masked(mask, kind == "causal", make_images())
+    with torch.no_grad():
+        expected = run()
+        with read(model, range(DEPTH)) as found:
+            assert torch.equal(run(), expected)
+        for attention in found.values():
+            maps = attention.map()
+            assert maps[..., ~visible].abs().max() == 0
+            torch.testing.assert_close(maps.sum(-1), torch.ones_like(maps[..., 0]))
+        with hand_over(model, found):
+            torch.testing.assert_close(run(), expected)
+
+
+def test_attention_dropout_is_refused_where_a_map_is_handed_over() -> None:
+    model, images = VisionTransformer(**TINY, attn_drop_rate=0.5).eval(), make_images()
+    attention = capture(model, images)
+    with torch.no_grad(), hand_over(model, attention):
+        model(images)  # nothing is dropped in eval mode
+        with pytest.raises(ValueError, match="attention dropout"):
+            model.train()(images)
+    with pytest.raises(ValueError, match="attention dropout"):
+        slim(model, (0,))
+
+
+@pytest.mark.parametrize("slimmed", [False, True], ids=["ordinary", "slimmed"])
+def test_what_is_handed_over_last_counts_and_reading_sees_it(slimmed: bool) -> None:
+    model, images = make(), make_images()
+    first, last = capture(model, make_images(seed=1)), capture(model, make_images(seed=2))
+    if slimmed:
+        slim(model, range(DEPTH))
+    with torch.no_grad():
+        with hand_over(model, last):
+            expected = model(images)
+        with read(model, range(DEPTH)) as found, hand_over(model, first), hand_over(model, last):
+            assert torch.equal(model(images), expected)
+    for layer in range(DEPTH):
+        assert torch.equal(found[layer].queries, last[layer].queries)
+    assert untouched(model)
+
+
+def test_the_first_pass_is_read() -> None:
+    model, images = make(), make_images()
+    with torch.no_grad(), read(model, (0,)) as found:
+        model(images)
+        model(make_images(seed=1))
+    assert torch.equal(found[0].queries, capture(model, images)[0].queries)
+
+
+def test_training_mode_set_while_reading_stays() -> None:
+    model = make()
+    with read(model, range(DEPTH)):
+        model.train()
+    assert all(module.training for module in model.modules())
+
+
+def test_slimming_keeps_device_and_precision() -> None:
+    model = make().to("meta", torch.bfloat16)
+    slim(model, range(DEPTH))
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}

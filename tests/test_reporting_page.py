@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import synthetic_records as synthetic
 from PIL import Image
 from synthetic_records import Numbers
 
+from attention_transfer import config
 from attention_transfer.errors import StudyError
 from attention_transfer.reporting import figures, page
 from attention_transfer.reporting.records import load
@@ -190,6 +192,11 @@ def test_a_method_has_one_colour_and_runs_differ_in_grey() -> None:
     assert len({look.color for look in looks.values()}) == len(runs)
     assert len({look.marker for look in looks.values()}) == len(runs)
     assert len({look.linestyle for look in looks.values()}) == len(runs)
+
+
+def test_every_method_has_a_colour() -> None:
+    assert set(figures.METHOD_COLOURS) == set(get_args(config.Method))
+    assert len(set(figures.METHOD_COLOURS.values())) == len(figures.METHOD_COLOURS)
 
 
 def test_heat_map_peaks_at_the_patch_attended_to() -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import tiny_study
@@ -40,7 +41,17 @@ GRAPH = "studies/smoke/dvc.yaml"
 PRESET = "presets/smoke.yaml"
 METHODS = ("scratch", "finetune", "linear_probe", "copy", "distill")
 COLLECTORS = {"evaluate", "maps", "report"}
-FAMILIES = {"data", "split", "pretrain", "cache", "resolve", "train", "shifts", "predict"} | COLLECTORS
+FAMILIES = {
+    "data",
+    "split",
+    "pretrain",
+    "cache",
+    "finetuned",
+    "resolve",
+    "train",
+    "shifts",
+    "predict",
+} | COLLECTORS
 SECONDS = 1800  # for one command; a repro of the smoke study takes three minutes on two idle cores
 SERVER_SECONDS = 180
 MAIN_COLUMNS = ["run", "seeds"] + [
@@ -278,7 +289,7 @@ def test_first_run_makes_the_report(working_copy: Study) -> None:
     working_copy.ready = True
     grid = [f"{run}-{seed}" for run in METHODS for seed in (0, 1)]
     assert ran == {
-        *("data", "split", "pretrain@mae", "cache@mae", "shifts", *COLLECTORS),
+        *("data", "split", "pretrain@mae", "cache@mae", "finetuned", "shifts", *COLLECTORS),
         *(f"resolve@{run}" for run in METHODS),
         *(f"{stage}@{instance}" for stage in ("train", "predict") for instance in grid),
     }
@@ -351,6 +362,37 @@ def test_removed_run_and_seed_leave_no_number_behind(study: Study) -> None:
     for name in ("scores", "ood"):
         rows = csv.DictReader((study.folder / f"metrics/smoke/evaluate/{name}.csv").read_text().splitlines())
         assert {row["seed"] for row in rows} == {"0", "1"}
+
+
+def test_logits_and_features_are_distilled_and_a_new_teacher_reruns_no_old_run(study: Study) -> None:
+    old = {run: digests(study.folder / f"runs/smoke/students/{run}/0") for run in METHODS}
+    preset = (study.folder / PRESET).read_text(encoding="utf-8")
+    with study.edited() as values:
+        recipe = {key: value for key, value in values["runs"]["scratch"].items() if key != "method"}
+        values["finetuned_teachers"] = {"tutor": {"seed": 7, "run": {**values["runs"]["finetune"]}}}
+        loss = {"weight": 1.0, "teacher": "tutor"}
+        values["runs"]["logits"] = {**recipe, "method": "distill_logits", "logit_loss": loss}
+        loss = {"weight": 1.0}
+        values["runs"]["features"] = {
+            **recipe, "method": "distill_features", "layers": "all", "feature_loss": loss
+        }  # fmt: skip
+    new = [f"{run}-{seed}" for run in ("logits", "features") for seed in (0, 1)]
+    assert study.stages_run(GRAPH) == {
+        "finetuned",
+        *(f"resolve@{run}" for run in (*METHODS, "logits", "features")),  # seconds, and their result stays
+        *(f"{stage}@{instance}" for stage in ("train", "predict") for instance in new),
+        *COLLECTORS,
+    }
+    assert old == {run: digests(study.folder / f"runs/smoke/students/{run}/0") for run in METHODS}
+    for run, column in (("logits", "logit_loss"), ("features", "feature_loss")):
+        curve = pd.read_csv(study.folder / f"metrics/smoke/train/{run}/0/curve.csv")
+        assert (curve[column] > 0).all()
+        assert curve["attention_loss"].isna().all()
+    record = study.json("metrics/smoke/finetuned/metrics.json")
+    assert 0 < record["tutor_validation_accuracy"] < 1
+    (study.folder / PRESET).write_text(preset, encoding="utf-8")
+    assert study.stages_run(GRAPH) == {"finetuned", *(f"resolve@{run}" for run in METHODS), *COLLECTORS}
+    assert not (study.folder / "runs/smoke/finetuned/tutor").exists()
 
 
 def test_added_shift_computes_its_predictions_alone(study: Study) -> None:

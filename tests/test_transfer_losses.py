@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -12,7 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attention_transfer.transfer.losses import attention_cross_entropy, streamed_attention_cross_entropy
+from attention_transfer.transfer.losses import (
+    attention_cross_entropy,
+    map_cross_entropy,
+    streamed_attention_cross_entropy,
+)
 
 Reduction = Literal["sum", "mean"]
 SHAPE = (3, 2, 2, 5, 4)  # layers, batch, heads, queries, keys
@@ -137,13 +141,30 @@ def random(seed: int, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def formula(teacher: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+def formula(
+    teacher: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    teacher_bias: Tensor | float = 0.0,
+    teacher_scale: float | None = None,
+    bias: Tensor | float = 0.0,
+    scale: float | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
     teacher_logits, student_logits = (
-        q.double() @ k.double().mT / math.sqrt(q.shape[-1])
-        for q, k in ((teacher[:, 0], teacher[:, 1]), (queries, keys))
+        ((q.double() @ k.double().mT) * (q.shape[-1] ** -0.5 if s is None else s) + b) / temperature
+        for q, k, b, s in (
+            (teacher[:, 0], teacher[:, 1], teacher_bias, teacher_scale),
+            (queries, keys, bias, scale),
+        )
     )
     rows = -(teacher_logits.softmax(dim=-1) * student_logits.log_softmax(dim=-1)).sum(dim=-1)
     return rows.mean()
+
+
+def streamed(teacher: Tensor, queries: Tensor, keys: Tensor, **options: Any) -> Tensor:
+    return streamed_attention_cross_entropy(teacher[:, 0], teacher[:, 1], queries, keys, **options)
 
 
 @settings(max_examples=60, deadline=None)
@@ -161,7 +182,7 @@ def test_streamed_loss_and_gradient_are_those_of_the_formula(
     teacher = random(seed, batch, 2, heads, tokens, widths[0]) * scale
     made = [random(seed + 1 + part, batch, heads, tokens, widths[1]) * scale for part in (0, 1)]
     results = []
-    for loss in (formula, lambda *parts: streamed_attention_cross_entropy(*parts, block_bytes=block_bytes)):
+    for loss in (formula, lambda *parts: streamed(*parts, block_bytes=block_bytes)):
         queries, keys = (part.clone().requires_grad_() for part in made)
         value = loss(teacher, queries, keys)
         (3 * value).backward()
@@ -173,9 +194,75 @@ def test_streamed_loss_and_gradient_are_those_of_the_formula(
 def test_streamed_gradient_is_that_of_finite_differences() -> None:
     teacher, queries, keys = random(0, 2, 2, 2, 5, 3), random(1, 2, 2, 5, 4), random(2, 2, 2, 5, 4)
     inputs = (queries.requires_grad_(), keys.requires_grad_())
+    assert torch.autograd.gradcheck(lambda q, k: streamed(teacher, q, k, block_bytes=200), inputs)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 6)),
+    form=st.sampled_from(["per head", "one for all heads", "per query", "without batch axis"]),
+    block_bytes=st.integers(1, 3000),
+    scales=st.tuples(st.floats(0.1, 2), st.floats(0.1, 2)),
+    temperature=st.floats(0.3, 4),
+)
+def test_bias_scale_and_temperature_are_those_of_the_formula(
+    *,
+    seed: int,
+    shape: tuple[int, int, int],
+    form: str,
+    block_bytes: int,
+    scales: tuple[float, float],
+    temperature: float,
+) -> None:
+    batch, heads, tokens = shape
+    sizes = {
+        "per head": (1, heads, tokens, tokens),
+        "one for all heads": (1, 1, tokens, tokens),
+        "per query": (1, heads, tokens, 1),
+        "without batch axis": (heads, tokens, tokens),
+    }[form]
+    teacher = random(seed, batch, 2, heads, tokens, 3)
+    made = [random(seed + 1 + part, batch, heads, tokens, 2) for part in (0, 1)]
+    biases = [random(seed + 3 + part, *sizes) for part in (0, 1)]
+    results = []
+    for loss, options in ((formula, {}), (streamed, {"block_bytes": block_bytes})):
+        queries, keys, bias = (part.clone().requires_grad_() for part in (*made, biases[1]))
+        value = loss(
+            teacher,
+            queries,
+            keys,
+            teacher_bias=biases[0],
+            teacher_scale=scales[0],
+            bias=bias,
+            scale=scales[1],
+            temperature=temperature,
+            **options,
+        )
+        (2 * value).backward()
+        results.append((value.detach(), queries.grad, keys.grad, bias.grad))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_the_gradient_of_a_bias_is_that_of_finite_differences() -> None:
+    teacher, queries, keys = random(0, 2, 2, 2, 4, 3), random(1, 2, 2, 4, 3), random(2, 2, 2, 4, 3)
+    inputs = (queries.requires_grad_(), keys.requires_grad_(), random(3, 1, 2, 4, 4).requires_grad_())
     assert torch.autograd.gradcheck(
-        lambda q, k: streamed_attention_cross_entropy(teacher, q, k, block_bytes=200), inputs
+        lambda q, k, b: streamed(teacher, q, k, bias=b, temperature=1.7, block_bytes=100), inputs
     )
+
+
+def test_a_map_that_is_given_is_compared_as_the_formula_says() -> None:
+    teacher, student = logits(0)[0].double(), logits(1)[0].double().requires_grad_()
+    found = map_cross_entropy(teacher.softmax(dim=-1), student)
+    expected = naive(teacher[None].numpy(), student.detach()[None].numpy())[0]
+    assert found.item() == pytest.approx(expected)
+    assert map_cross_entropy(
+        torch.full((1, 1, 2, 8), 1 / 8), torch.zeros(1, 1, 2, 8)
+    ).item() == pytest.approx(math.log(8))
+    with pytest.raises(ValueError, match="expected student logits"):
+        map_cross_entropy(teacher.softmax(dim=-1), student[:, :1])
 
 
 @pytest.mark.parametrize("trained", ["queries", "keys"])
@@ -185,28 +272,26 @@ def test_streamed_gradient_of_one_alone(trained: str) -> None:
         {"queries": random(1, 2, 2, 5, 4), "keys": random(2, 2, 2, 5, 4)},
     )
     gradients = []
-    for loss in (formula, streamed_attention_cross_entropy):
+    for loss in (formula, streamed):
         parts = {name: value.clone().requires_grad_(name == trained) for name, value in made.items()}
         loss(teacher, parts["queries"], parts["keys"]).backward()
         gradients.append(parts[trained].grad)
     torch.testing.assert_close(*gradients)
     with torch.no_grad():
-        value = streamed_attention_cross_entropy(teacher, **made)
+        value = streamed(teacher, **made)
     assert value.item() == pytest.approx(formula(teacher, **made).item())
 
 
 def test_streamed_loss_of_uniform_maps_is_the_logarithm_of_the_tokens() -> None:
     zero = torch.zeros(3, 2, 7, 4)
-    assert streamed_attention_cross_entropy(torch.zeros(3, 2, 2, 7, 5), zero, zero).item() == pytest.approx(
-        math.log(7)
-    )
+    assert streamed(torch.zeros(3, 2, 2, 7, 5), zero, zero).item() == pytest.approx(math.log(7))
 
 
 def test_streamed_loss_in_bfloat16_is_as_near_as_its_products() -> None:
     teacher = random(0, 4, 2, 2, 50, 16).float()
     made = [random(1 + part, 4, 2, 50, 16).bfloat16() for part in (0, 1)]
     expected, found = [], []
-    for loss, values in ((formula, expected), (streamed_attention_cross_entropy, found)):
+    for loss, values in ((formula, expected), (streamed, found)):
         queries, keys = (part.clone().requires_grad_() for part in made)
         with torch.autocast("cpu", torch.bfloat16):
             value = loss(teacher, queries, keys)
@@ -224,16 +309,18 @@ def test_streamed_loss_keeps_nothing_of_the_size_of_a_map() -> None:
     queries, keys = (random(part, 1, 2, tokens, 4).float().requires_grad_() for part in (0, 1))
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        streamed_attention_cross_entropy(random(2, 1, 2, 2, tokens, 4).float(), queries, keys).backward()
+        streamed(random(2, 1, 2, 2, tokens, 4).float(), queries, keys).backward()
     assert kept
     assert max(kept) == queries.numel()
 
 
 @pytest.mark.parametrize(
     ("teacher", "student"),
-    [((1, 2, 2, 5, 4), (1, 3, 5, 4)), ((1, 2, 2, 5, 4), (1, 2, 6, 4)), ((1, 1, 2, 5, 4), (1, 2, 5, 4))],
-    ids=["heads", "tokens", "no keys"],
+    [((1, 2, 5, 4), (1, 3, 5, 4)), ((1, 2, 5, 4), (1, 2, 6, 4)), ((2, 2, 5, 4), (1, 2, 5, 4))],
+    ids=["heads", "tokens", "batch"],
 )
 def test_streamed_loss_of_other_shapes_is_refused(teacher: tuple[int, ...], student: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="expected student queries and keys"):
-        streamed_attention_cross_entropy(torch.zeros(teacher), torch.zeros(student), torch.zeros(student))
+        streamed_attention_cross_entropy(
+            *torch.zeros(2, *teacher), torch.zeros(student), torch.zeros(student)
+        )

@@ -28,7 +28,10 @@ PIPELINE = Path(__file__).parents[1] / "pipeline"
 DEPTH, HEADS, TOKENS, HEAD_DIM = 2, 2, 5, 8
 CPU = torch.device("cpu")
 
-_ARCHITECTURE = {"patch_size": 4, "width": 16, "depth": DEPTH, "heads": HEADS, "mlp_ratio": 2.0}
+ARCHITECTURE = {"patch_size": 4, "width": 16, "depth": DEPTH, "heads": HEADS, "mlp_ratio": 2.0}
+RECIPE: dict[str, Any] = {
+    "learning_rate": 0.01, "epochs": 3, "warmup_epochs": 1.0, "batch_size": 8, "label_smoothing": 0.1,
+}  # fmt: skip
 _PARAMS: dict[str, Any] = {
     "name": "tiny",
     "seeds": (0,),
@@ -36,23 +39,28 @@ _PARAMS: dict[str, Any] = {
         "source": "fashion-mnist", "folder": "data", "train_split": "train", "test_split": "test",
         "image_size": 8, "channels": 1, "labelled": 24, "validation": 9, "seed": 0,
     },
-    "views": {"per_image": 2, "crop_scale": (0.5, 1.0), "crop_ratio": (0.8, 1.25), "flip": 0.5, "erase": 0.0},
-    "attention": {"source": "online", "dtype": "float16", "budget_gb": 1.0},
+    "views": {"per_image": 2, "crop_scale": (0.5, 1.0), "crop_ratio": (0.8, 1.25), "flip": 0.5, "erase": 0.0,
+        "mixup": 0.0, "cutmix": 0.0,
+    },
+    "attention": {"source": "online", "content": "queries_and_keys", "dtype": "float16", "budget_gb": 1.0},
     "training": {"precision": "float32", "clip_norm": None, "validate_every": 3, "curve_images": 8},
     "teachers": {
-        "first": {"kind": "untrained", "architecture": _ARCHITECTURE, "seed": 1},
-        "second": {"kind": "untrained", "architecture": {**_ARCHITECTURE, "mlp_ratio": 3.0}, "seed": 2},
+        "first": {"kind": "untrained", "architecture": ARCHITECTURE, "seed": 1},
+        "second": {"kind": "untrained", "architecture": {**ARCHITECTURE, "mlp_ratio": 3.0}, "seed": 2},
     },
     "evaluation": {
         "sets": ("validation",), "shifts": (), "severities": (), "shift_images": 9,
         "calibration_bins": 5, "confidence": 0.95, "bootstrap": 10,
     },
+    "finetuned_teachers": {
+        name: {
+            "seed": seed,
+            "run": {"method": "finetune", "teacher": "first", **RECIPE},
+        }
+        for name, seed in (("tutor", 3), ("other", 4))
+    },
     "ensembles": {},
     "report": None,
-}  # fmt: skip
-_RUN: dict[str, Any] = {
-    "teacher": "first", "learning_rate": 0.01, "epochs": 3, "warmup_epochs": 1.0, "batch_size": 8,
-    "label_smoothing": 0.1,
 }  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     "scratch": {},
@@ -60,6 +68,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "linear_probe": {},
     "copy": {"layers": "all"},
     "distill": {"layers": "all", "attention_loss": {"weight": 3.0}},
+    "distill_features": {"layers": "all", "feature_loss": {"weight": 1.0}},
+    "distill_logits": {"logit_loss": {"weight": 1.0, "teacher": "tutor"}},
 }
 
 
@@ -69,7 +79,9 @@ def make_study(method: str, changes: Mapping[str, Any] | None = None) -> Study:
     Args:
         changes: values by dotted key, such as `runs.run.epochs`, over the default ones.
     """
-    params = _copy({**_PARAMS, "runs": {"run": {"method": method, **_RUN, **METHODS[method]}}})
+    params = _copy(
+        {**_PARAMS, "runs": {"run": {"method": method, "teacher": "first", **RECIPE, **METHODS[method]}}}
+    )
     for key, value in (changes or {}).items():
         *path, last = key.split(".")
         node = params
@@ -105,6 +117,12 @@ def write_inputs(folder: Path) -> None:
             for block in model.blocks:
                 block.attn.qkv.weight.normal_(std=0.5)  # maps that are far from uniform
         vit.save(folder / layout.teacher(name), model, arguments)
+    arguments = vit.model_arguments(study.teachers["first"].architecture, image_size=8, channels=1, classes=3)
+    for name, made in study.finetuned_teachers.items():
+        tutor = vit.create(arguments, seed=made.seed)
+        with torch.no_grad():
+            tutor.head.weight.mul_(20.0)  # predictions that are far from uniform
+        vit.save(folder / layout.finetuned_teacher(name), tutor, arguments)
 
 
 def script(name: str) -> ModuleType:

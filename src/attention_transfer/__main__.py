@@ -1,9 +1,8 @@
-"""Commands beside `dvc repro`: check params.yaml, print results, tidy up, and show the runs in MLflow."""
+"""Commands beside `dvc repro`: check and plan a study, verify its caches, tidy up, show results and runs."""
 
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +17,10 @@ def check(arguments: argparse.Namespace) -> None:
 
     study = config.load(arguments.params)
     plan.check_room(study, Layout(study.name), arguments.params)
-    for name, size in plan.cache_sizes(study).items():
-        print(
-            f"cache of {name}: {size / 1e9:.2f} GB of training views, of {study.attention.budget_gb} GB allowed"
-        )
+    for name in study.teachers:
+        print(f"attention of {name}: {plan.attention_source(study, name)}")
+    if note := plan.unread_views(study):
+        print(note)
     print(
         f"{arguments.params}: study {study.name}, {len(study.runs)} runs x {len(study.seeds)} seeds, is in order"
     )
@@ -40,43 +39,29 @@ def show(arguments: argparse.Namespace) -> None:
     print(f"Report:    {(report / 'report.html').resolve()}\nMLflow UI: make ui")
 
 
-def prune(arguments: argparse.Namespace) -> None:
-    """Deletes outputs of runs, seeds and teachers that params.yaml no longer names."""
+def forecast(arguments: argparse.Namespace) -> None:
+    """Measures a few steps here, and says what caches and stages will take, before anything is made."""
     from attention_transfer import config
+    from attention_transfer.commands import forecast
 
-    study = config.load(arguments.params)
-    layout = Layout(study.name)
-    seeds = {str(seed) for seed in study.seeds}
-    stale = [
-        path
-        for root in (layout.artifacts, layout.metrics)
-        for family, names in (
-            *(
-                (family, set(study.runs))
-                for family in ("students", "predictions", "train", "predict", "resolve")
-            ),
-            *((family, set(study.teachers)) for family in ("teachers", "cache", "pretrain")),
-        )
-        for path in _below(root / family)
-        if path.name not in names
-    ]
-    for family in ("students", "predictions"):
-        for run in study.runs:
-            stale += [path for path in _below(layout.artifacts / family / run) if path.name not in seeds]
-    for family in ("train", "predict"):
-        for run in study.runs:
-            stale += [path for path in _below(layout.metrics / family / run) if path.name not in seeds]
-    stale += [path for path in layout.artifacts.glob("resolved/*.json") if path.stem not in study.runs]
-    for path in stale:
-        print(f"{'delete' if arguments.delete else 'would delete'} {path}")
-        if arguments.delete:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if stale and not arguments.delete:
-        print("nothing is deleted yet: add --delete")
+    forecast.show(config.load(arguments.params), arguments.params, as_json=arguments.json)
 
 
-def _below(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
+def verify(arguments: argparse.Namespace) -> None:
+    """Checks every byte of the attention caches, and recomputes a sample of their rows."""
+    from attention_transfer import config
+    from attention_transfer.commands import verify
+
+    if problems := verify.verify(config.load(arguments.params)):
+        sys.exit("\n".join(f"error: {problem}" for problem in problems))
+
+
+def prune(arguments: argparse.Namespace) -> None:
+    """Lists what no entry of params.yaml needs any longer, with its size; with --delete, deletes it."""
+    from attention_transfer import config
+    from attention_transfer.commands import prune
+
+    prune.show(config.load(arguments.params), delete_too=arguments.delete)
 
 
 def sync(arguments: argparse.Namespace) -> None:
@@ -111,6 +96,8 @@ def ui(arguments: argparse.Namespace) -> None:
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "check": check,
     "show": show,
+    "plan": forecast,
+    "verify": verify,
     "prune": prune,
     "sync": sync,
     "ui": ui,
@@ -123,8 +110,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in COMMANDS.items():
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        if name in ("check", "show", "prune"):
+        if name in ("check", "show", "plan", "verify", "prune"):
             command.add_argument("--params", type=Path, default=Path("params.yaml"))
+    commands.choices["plan"].add_argument("--json", action="store_true")
     commands.choices["prune"].add_argument("--delete", action="store_true")
     commands.choices["ui"].add_argument("--port", type=int, default=5000)
     commands.choices["ui"].add_argument("--host", default="127.0.0.1")

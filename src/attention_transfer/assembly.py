@@ -13,13 +13,12 @@ import torch
 from timm.models import VisionTransformer
 from torch import Tensor
 
-from attention_transfer.config import Study
-from attention_transfer.data import images, shifted, splits, views
-from attention_transfer.files import sha256
+from attention_transfer.config import Architecture, Study
+from attention_transfer.data import images, mixing, shifted, splits, views
+from attention_transfer.data.labelled import LabelledViews
+from attention_transfer.files import read_json, sha256
 from attention_transfer.layout import Layout
 from attention_transfer.models import vit
-from attention_transfer.transfer.attention_source import AttentionSource, CachedAttention, OnlineAttention
-from attention_transfer.transfer.cache import CacheReader
 
 CachedSet = Literal["views", "validation", "test"]
 """What a teacher's cache holds: training views of the labelled images, and two sets of clean images."""
@@ -62,6 +61,26 @@ class Parts:
         recipe, pixels = self.view_recipe(params), self.train.images[examples]
         return lambda rows, view: views.render(recipe, pixels[rows], examples[rows], view).to(self.device)
 
+    @functools.cached_property
+    def labelled(self) -> LabelledViews:
+        """The labelled images in the views that students see."""
+        examples, data = self.split("labelled"), self.study.data
+        return LabelledViews(
+            recipe=self.view_recipe(self.study.views),
+            mixing=mixing.Mixing.of(
+                self.study.views,
+                dataset=self.description.fingerprint,
+                examples=examples,
+                seed=data.seed,
+                size=data.image_size,
+            ),
+            pixels=self.train.images[examples],
+            labels=self.train.labels[examples],
+            examples=examples,
+            classes=self.classes,
+            device=self.device,
+        )
+
     def clean(self, pixels: np.ndarray) -> Callable[[np.ndarray], Tensor]:
         """Gives normalised images, without augmentation, by row."""
         recipe = self.view_recipe(self.study.views)
@@ -80,20 +99,22 @@ class Parts:
     def classes(self) -> int:
         return len(self.description.classes)
 
-    def student_arguments(self, teacher: str) -> dict[str, Any]:
-        """Arguments of timm's VisionTransformer for a student of a teacher's architecture."""
-        return self._arguments(teacher, self.classes)
+    @property
+    def bfloat16(self) -> bool:
+        """Whether matrix products and attention run in that format."""
+        return self.study.training.precision == "bfloat16"
+
+    def student_arguments(self, run: str) -> dict[str, Any]:
+        """Arguments of timm's VisionTransformer for a run's student."""
+        return self._arguments(self.study.architecture(run), self.classes)
 
     def teacher_arguments(self, teacher: str) -> dict[str, Any]:
-        return self._arguments(teacher, 0)
+        return self._arguments(self.study.teachers[teacher].architecture, 0)
 
-    def _arguments(self, teacher: str, classes: int) -> dict[str, Any]:
+    def _arguments(self, architecture: Architecture, classes: int) -> dict[str, Any]:
         data = self.study.data
         return vit.model_arguments(
-            self.study.teachers[teacher].architecture,
-            image_size=data.image_size,
-            channels=data.channels,
-            classes=classes,
+            architecture, image_size=data.image_size, channels=data.channels, classes=classes
         )
 
     def teacher(self, name: str) -> VisionTransformer:
@@ -119,17 +140,19 @@ class Parts:
             "dataset": self.description.fingerprint,
             "set": which,
             "keys": hashlib.sha256(np.ascontiguousarray(self.cache_keys(which)).tobytes()).hexdigest(),
+            "content": self.study.attention.content,
             "dtype": self.study.attention.dtype,
             "precision": self.study.training.precision,
         }
         if which == "views":
-            return {**recipe, "views": asdict(views_recipe)}
+            mixed = self.labelled.mixing
+            return {**recipe, "views": asdict(views_recipe), "mixing": mixed and asdict(mixed)}
         return {**recipe, "mean": list(views_recipe.mean), "std": list(views_recipe.std)}
 
-    def attention(self, run: str, which: CachedSet | None) -> AttentionSource:
-        """Where a run gets its teacher's attention for a set; None for a set that is never cached."""
-        teacher, layers = self.study.runs[run].teacher, self.study.layers(run)
-        if which is not None and self.study.attention.source == "cache":
-            folder = self.layout.cache(teacher) / which
-            return CachedAttention(CacheReader(folder, expect=self.cache_recipe(teacher, which)), layers)
-        return OnlineAttention(self.teacher(teacher), layers, self.study.attention.dtype)
+    def attention_source(self, teacher: str) -> Literal["cache", "online"]:
+        """How students get at this teacher's attention: `auto` is as the stage `cache` has resolved it."""
+        source = self.study.attention.source
+        if source == "auto":
+            manifest = read_json(self.layout.cache_manifest(teacher), made_by=f"cache@{teacher}")
+            return "cache" if manifest else "online"
+        return source

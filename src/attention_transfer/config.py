@@ -27,7 +27,10 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(gt=0, le=10)]
 
-Method = Literal["scratch", "finetune", "linear_probe", "copy", "distill"]
+Method = Literal[
+    "scratch", "finetune", "linear_probe", "copy", "distill", "distill_features", "distill_logits"
+]
+COPIES_ATTENTION = ("copy", "distill")
 Shift = Literal[
     "gaussian_noise",
     "shot_noise",
@@ -98,6 +101,14 @@ class Views(Section):
     """Probability of a horizontal flip."""
     erase: Probability
     """Probability that a rectangle is replaced by the mean colour."""
+    mixup: Annotated[float, Field(ge=0, le=100)]
+    """Parameter of the Beta distribution by which two images of a view are blended; 0: never."""
+    cutmix: Annotated[float, Field(ge=0, le=100)]
+    """The same for a rectangle of one image in another; with both, each pair takes one of them."""
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -109,12 +120,20 @@ class Views(Section):
 class AttentionCache(Section):
     """How students get at the teacher's attention."""
 
-    source: Literal["cache", "online"]
-    """`cache`: read from disk; `online`: the frozen teacher runs in every step."""
-    dtype: Literal["float16", "float32"]
-    """Number format of queries and keys, in the cache and online alike."""
+    source: Literal["cache", "online", "auto"]
+    """`cache`: read from disk; `online`: the frozen teacher runs in every step; `auto`: `plan.choose`."""
+    content: Literal["queries_and_keys", "maps"]
+    """What is stored of it; maps are larger, and serve transfer: map alone."""
+    dtype: Literal["float16", "float32", "int8"]
+    """Number format of what is stored, in the cache and online alike; int8 with a scale per vector."""
     budget_gb: Annotated[float, Field(gt=0)]
     """The cache of training views may take so many GB (10^9 bytes)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.content == "maps" and self.dtype == "int8":
+            raise ValueError("dtype: maps are stored as floats: choose float16 or float32")
+        return self
 
 
 class Architecture(Section):
@@ -195,11 +214,37 @@ Teacher = Annotated[MaskedAutoencoder | Untrained | FromFile, Field(discriminato
 
 
 class AttentionLoss(Section):
-    """Cross-entropy between the teacher's and the student's attention maps."""
+    """Distance between the teacher's and the student's attention: the loss of Attention Distill.
+
+    Maps are compared by cross-entropy; queries, keys and values by their mean squared difference.
+    """
 
     weight: Annotated[float, Field(gt=0)]
     reduction: Literal["sum", "mean"] = "sum"
     """Over layers: `sum` as in the official code, or `mean`."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Divides the logits of both maps."""
+
+
+class FeatureLoss(Section):
+    """Mean squared difference of the residual stream behind each transferred layer."""
+
+    weight: Annotated[float, Field(gt=0)]
+    reduction: Literal["sum", "mean"] = "mean"
+    """Over layers."""
+
+
+class LogitLoss(Section):
+    """Cross-entropy between the teacher's and the student's predictions (Hinton et al., 2015)."""
+
+    weight: Annotated[float, Field(gt=0)]
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Divides both logits; the loss is multiplied by its square, which keeps the gradient's size."""
+    teacher: Name
+    """One of `finetuned_teachers`: a pre-trained teacher alone predicts no classes."""
+
+
+Layer = Annotated[int, Field(ge=0)]
 
 
 class Run(Section):
@@ -207,11 +252,27 @@ class Run(Section):
 
     method: Method
     teacher: Name
-    """Whose architecture the student has, and whose weights or attention the method uses."""
-    layers: Literal["all"] | tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """copy, distill: which layers are transferred, counted from 0 at the input."""
+    """Whose weights, attention or features the method uses."""
+    architecture: Architecture | None = None
+    """The student's; None: the teacher's."""
+    initial: Name | None = None
+    """A teacher whose weights the student starts from; None: fresh ones (fine-tuning and probing: `teacher`)."""
+    transfer: Literal["map", "query", "key", "value"] = "map"
+    """copy, distill: what of the teacher's attention is handed over."""
+    layers: Literal["all"] | tuple[Layer, ...] | None = None
+    """copy, distill, distill_features: which layers are transferred, counted from 0 at the input."""
+    heads: Literal["all"] | tuple[Layer, ...] = "all"
+    """copy, distill: which heads of every transferred layer; the others stay the student's own."""
+    heads_per_layer: tuple[tuple[Layer, ...], ...] | None = None
+    """Instead of `heads`: one list of heads for each of `layers`, in order from the input."""
+    average: Literal["examples", "queries", "heads", "layers"] | None = None
+    """copy, distill: the teacher's maps are replaced by their mean over this (an ablation of paper A)."""
     attention_loss: AttentionLoss | None = None
     """distill only."""
+    feature_loss: FeatureLoss | None = None
+    """distill_features only."""
+    logit_loss: LogitLoss | None = None
+    """distill_logits only."""
     learning_rate: Rate
     """Peak learning rate."""
     min_learning_rate: Annotated[float, Field(ge=0)] = 0.0
@@ -230,20 +291,79 @@ class Run(Section):
 
     @model_validator(mode="after")
     def _only_what_the_method_reads(self) -> Self:
-        transfers = self.method in ("copy", "distill")
-        if transfers and not self.layers:
+        needs_layers = self.method in (*COPIES_ATTENTION, "distill_features")
+        if needs_layers and not self.layers:
             raise ValueError(f"layers: method {self.method} needs the layers to transfer: all, or a list")
-        if not transfers and self.layers is not None:
+        if not needs_layers and self.layers is not None:
             raise ValueError(f"layers: method {self.method} transfers no attention; remove this key")
-        if (self.method == "distill") != (self.attention_loss is not None):
-            raise ValueError("attention_loss: needed by method distill, and by no other")
-        if isinstance(self.layers, tuple) and len(set(self.layers)) != len(self.layers):
-            raise ValueError(f"layers: {list(self.layers)} names a layer twice")
+        for key, method in (
+            ("attention_loss", "distill"),
+            ("feature_loss", "distill_features"),
+            ("logit_loss", "distill_logits"),
+        ):
+            if (self.method == method) != (getattr(self, key) is not None):
+                raise ValueError(f"{key}: needed by method {method}, and by no other")
+        if self.method not in COPIES_ATTENTION:
+            for key, default in (
+                ("transfer", "map"),
+                ("heads", "all"),
+                ("heads_per_layer", None),
+                ("average", None),
+            ):
+                if getattr(self, key) != default:
+                    raise ValueError(f"{key}: method {self.method} transfers no attention; remove this key")
+        if self.method in ("finetune", "linear_probe"):
+            for key in ("architecture", "initial"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key}: method {self.method} starts from its teacher; remove this key")
+        self._consistent_transfer()
         if self.method == "linear_probe" and (self.layer_decay != 1.0 or self.drop_path != 0.0):
             raise ValueError("layer_decay, drop_path: linear_probe trains the head alone; remove these keys")
         _warms_up(self.warmup_epochs, self.epochs)
         if self.min_learning_rate > self.learning_rate:
             raise ValueError("min_learning_rate: larger than learning_rate")
+        return self
+
+    def _consistent_transfer(self) -> None:
+        for key, chosen in (
+            ("layers", self.layers),
+            ("heads", self.heads),
+            *(("heads_per_layer", heads) for heads in self.heads_per_layer or ()),
+        ):
+            if isinstance(chosen, tuple) and len(set(chosen)) != len(chosen):
+                raise ValueError(f"{key}: {list(chosen)} names a {key[:5].rstrip('s')} twice")
+            if chosen == ():
+                raise ValueError(f"{key}: is empty; at least one is needed")
+        if self.heads_per_layer is not None:
+            if self.heads != "all":
+                raise ValueError("heads_per_layer: stands instead of heads; remove one of them")
+            if not isinstance(self.layers, tuple) or len(self.heads_per_layer) != len(self.layers):
+                raise ValueError(
+                    f"heads_per_layer: {len(self.heads_per_layer)} lists; layers must be a list of as many"
+                )
+            if list(self.layers) != sorted(self.layers):
+                raise ValueError("layers: must stand in order from the input beside heads_per_layer")
+        temperature = self.attention_loss.temperature if self.attention_loss else 1.0
+        for key, given in (("average", self.average), ("attention_loss.temperature", temperature)):
+            if self.transfer != "map" and given not in (None, 1.0):
+                raise ValueError(f"{key}: concerns maps, and transfer is {self.transfer}; remove this key")
+        if self.average is not None and temperature != 1.0:
+            raise ValueError(
+                "average: a mean of maps has no temperature; leave attention_loss.temperature out"
+            )
+
+
+class FinetunedTeacher(Section):
+    """A teacher with a classification head: one more student of a run that fine-tunes, frozen."""
+
+    seed: Seed
+    run: Run
+    """Of method finetune: which teacher, and the recipe."""
+
+    @model_validator(mode="after")
+    def _finetunes(self) -> Self:
+        if self.run.method != "finetune":
+            raise ValueError(f"run.method: {self.run.method} is not finetune")
         return self
 
 
@@ -307,6 +427,8 @@ class Study(Section):
     attention: AttentionCache
     training: Training
     teachers: dict[Name, Teacher]
+    finetuned_teachers: dict[Name, FinetunedTeacher]
+    """For the distillation of logits; {} for none."""
     runs: dict[Name, Run]
     evaluation: Evaluation
     ensembles: dict[Name, Ensemble]
@@ -335,19 +457,11 @@ class Study(Section):
             key, patch_size = f"teachers.{name}.architecture.patch_size", teacher.architecture.patch_size
             _divides(key, patch_size, "data.image_size", self.data.image_size)
         for name, run in self.runs.items():
-            _known(f"runs.{name}.teacher", run.teacher, self.teachers)
-            depth = self.teachers[run.teacher].architecture.depth
-            if isinstance(run.layers, tuple) and (
-                beyond := [layer for layer in run.layers if layer >= depth]
-            ):
-                raise ValueError(
-                    f"runs.{name}.layers: {beyond} lie beyond the teacher's {depth} layers, 0 to {depth - 1}"
-                )
-            if run.batch_size > self.data.labelled:
-                raise ValueError(
-                    f"runs.{name}.batch_size: {run.batch_size} is more than the "
-                    f"{self.data.labelled} labelled images"
-                )
+            self._fits_its_teacher(name, run)
+            self._has_room_for_a_batch(f"runs.{name}", run)
+        for name, tutor in self.finetuned_teachers.items():
+            _known(f"finetuned_teachers.{name}.run.teacher", tutor.run.teacher, self.teachers)
+            self._has_room_for_a_batch(f"finetuned_teachers.{name}.run", tutor.run)
         for name, ensemble in self.ensembles.items():
             for member in ensemble.members:
                 _known(f"ensembles.{name}.members", member, self.runs)
@@ -365,17 +479,109 @@ class Study(Section):
             raise ValueError("evaluation.shifts: is empty although evaluation.sets names shifts")
         return self
 
+    def _has_room_for_a_batch(self, key: str, run: Run) -> None:
+        if run.batch_size > self.data.labelled:
+            raise ValueError(
+                f"{key}.batch_size: {run.batch_size} is more than the {self.data.labelled} labelled images"
+            )
+        if self.views.mixes and run.batch_size % 2:
+            raise ValueError(
+                f"{key}.batch_size: {run.batch_size} is odd, but views.mixup and views.cutmix mix pairs"
+            )
+
+    def _fits_its_teacher(self, name: str, run: Run) -> None:
+        _known(f"runs.{name}.teacher", run.teacher, self.teachers)
+        if run.logit_loss is not None:
+            _known(f"runs.{name}.logit_loss.teacher", run.logit_loss.teacher, self.finetuned_teachers)
+        teacher, student = self.teachers[run.teacher].architecture, self.architecture(name)
+        if run.initial is not None:
+            _known(f"runs.{name}.initial", run.initial, self.teachers)
+            if (initial := self.teachers[run.initial].architecture) != student:
+                raise ValueError(f"runs.{name}.initial: {run.initial} has another architecture, {initial}")
+        _divides(
+            f"runs.{name}.architecture.patch_size",
+            student.patch_size,
+            "data.image_size",
+            self.data.image_size,
+        )
+        if run.method not in (*COPIES_ATTENTION, "distill_features"):
+            return
+        if run.layers == "all" and student.depth > teacher.depth:
+            raise ValueError(
+                f"runs.{name}.layers: all are the student's {student.depth}, the teacher has {teacher.depth}"
+            )
+        depth = min(teacher.depth, student.depth)
+        chosen = run.layers if isinstance(run.layers, tuple) else ()
+        if beyond := [layer for layer in chosen if layer >= depth]:
+            whose = "teacher" if teacher.depth <= student.depth else "student"
+            raise ValueError(
+                f"runs.{name}.layers: {beyond} lie beyond the {whose}'s {depth} layers, 0 to {depth - 1}"
+            )
+        if teacher.patch_size != student.patch_size:
+            raise ValueError(
+                f"runs.{name}.architecture.patch_size: {student.patch_size} makes other tokens than the "
+                f"teacher's {teacher.patch_size}"
+            )
+        if run.method == "distill_features":
+            if teacher.width != student.width:
+                raise ValueError(
+                    f"runs.{name}.architecture.width: {student.width} is not the teacher's, {teacher.width}, "
+                    "whose features are compared one by one"
+                )
+            return
+        heads = (teacher.heads, student.heads)
+        if run.transfer != "map" and (*heads[:1], teacher.width) != (*heads[1:], student.width):
+            raise ValueError(
+                f"runs.{name}.transfer: {run.transfer} needs the teacher's width and heads, {teacher.width} and "
+                f"{teacher.heads}; the student has {student.width} and {student.heads}"
+            )
+        if max(heads) % min(heads):
+            raise ValueError(
+                f"runs.{name}.architecture.heads: {student.heads} heads cannot take the maps of {teacher.heads}: "
+                "one number must divide the other"
+            )
+        groups = run.heads_per_layer or (() if run.heads == "all" else (run.heads,))
+        if groups and teacher.heads != student.heads:
+            raise ValueError(
+                f"runs.{name}.heads: cannot be chosen where teacher and student have other numbers"
+            )
+        if beyond := [head for group in groups for head in group if head >= student.heads]:
+            raise ValueError(
+                f"runs.{name}.heads: {beyond} lie beyond the {student.heads} heads, 0 to {student.heads - 1}"
+            )
+
+    def architecture(self, run: str) -> Architecture:
+        """Of a run's student."""
+        return self.runs[run].architecture or self.teachers[self.runs[run].teacher].architecture
+
+    @property
+    def tutors(self) -> Study:
+        """The study whose runs are the fine-tuned teachers."""
+        runs = {name: tutor.run for name, tutor in self.finetuned_teachers.items()}
+        return self.model_copy(update={"runs": runs})
+
     @property
     def grid(self) -> list[tuple[str, int]]:
         """Every (run, seed), in order of params.yaml: what tables iterate over, never a folder."""
         return [(run, seed) for run in self.runs for seed in self.seeds]
 
     def layers(self, run: str) -> tuple[int, ...]:
-        """The layers that a run transfers, from the input; none for a run without transfer."""
+        """The layers that a run transfers, from the input; none for a run without transfer.
+
+        `all` is every layer that the student has.
+        """
         chosen = self.runs[run].layers
         if chosen == "all":
-            return tuple(range(self.teachers[self.runs[run].teacher].architecture.depth))
+            return tuple(range(self.architecture(run).depth))
         return tuple(sorted(chosen or ()))
+
+    def heads(self, run: str) -> tuple[tuple[int, ...], ...]:
+        """For each of the run's layers, the heads that are transferred."""
+        chosen, layers = self.runs[run], self.layers(run)
+        if chosen.heads_per_layer is not None:
+            return tuple(tuple(sorted(heads)) for heads in chosen.heads_per_layer)
+        every = range(self.architecture(run).heads) if chosen.heads == "all" else sorted(chosen.heads)
+        return (tuple(every),) * len(layers)
 
 
 def _divides(key: str, part: int, whole_key: str, whole: int) -> None:
@@ -516,9 +722,9 @@ def _location(location: tuple[Any, ...]) -> list[Any]:
     match location:
         case ("teachers", name, _, *rest):  # the kind
             return ["teachers", name, *rest]
-        case ("runs", name, "layers", _, *rest):  # `all`, or a list
-            return ["runs", name, "layers", *rest]
-        case ("runs" | "ensembles" as section, name, "[key]"):
+        case ("runs", name, "layers" | "heads" as key, _, *rest):  # `all`, or a list
+            return ["runs", name, key, *rest]
+        case ("runs" | "ensembles" | "finetuned_teachers" as section, name, "[key]"):
             return [section, name]
     return list(location)
 
@@ -534,6 +740,10 @@ def _fields_beside(location: tuple[Any, ...]) -> list[str]:
         "report": Report,
         "runs": Run,
         "attention_loss": AttentionLoss,
+        "feature_loss": FeatureLoss,
+        "logit_loss": LogitLoss,
+        "finetuned_teachers": FinetunedTeacher,
+        "run": Run,  # of a fine-tuned teacher
         "ensembles": Ensemble,
         "architecture": Architecture,
         "decoder": Decoder,
@@ -541,7 +751,7 @@ def _fields_beside(location: tuple[Any, ...]) -> list[str]:
         "untrained": Untrained,
         "file": FromFile,
     }
-    named = location[0] in ("teachers", "runs", "ensembles")
+    named = location[0] in ("teachers", "finetuned_teachers", "runs", "ensembles")
     # The second part is then a name that the user chose, which may be that of a section.
     path = [location[0], *location[2:-1]] if named else location[:-1]
     return list((sections[path[-1]] if path else Study).model_fields)

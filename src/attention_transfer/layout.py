@@ -48,6 +48,14 @@ class Layout:
     def teacher_weights(self, name: str) -> Path:
         return self.teacher(name) / "model.safetensors"
 
+    @property
+    def finetuned_teachers(self) -> Path:
+        return self.artifacts / "finetuned"
+
+    def finetuned_teacher(self, name: str) -> Path:
+        """A teacher with a classification head."""
+        return self.finetuned_teachers / name
+
     def cache(self, teacher: str) -> Path:
         return self.artifacts / "cache" / teacher
 

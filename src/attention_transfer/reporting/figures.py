@@ -34,6 +34,8 @@ METHOD_COLOURS = {
     "copy": "#E69F00",
     "distill": "#D55E00",
     "linear_probe": "#CC79A7",
+    "distill_features": "#009E73",
+    "distill_logits": "#56B4E9",
 }
 MARKERS = ("o", "s", "^", "D", "v", "<", ">", "p", "h", "*", "P", "X")
 LINES: tuple[Any, ...] = (
@@ -217,17 +219,20 @@ def _learning_curves(records: Records) -> Drawing:
     panels = {
         "task_loss": "task loss",
         "attention_loss": "attention loss",
+        "feature_loss": "feature loss",
+        "logit_loss": "logit loss",
         "validation_accuracy": "validation accuracy, %",
     }
     styles = looks(records.study)
-    shown = {key: label for key, label in panels.items() if records.curves[key].notna().any()}
+    curves = records.curves.reindex(columns=["run", "epoch", *panels])  # few studies have all the losses
+    shown = {key: label for key, label in panels.items() if curves[key].notna().any()}
     figure = Figure(
         figsize=(WIDTH, 0.6 + 1.8 * len(shown) + 0.2 * math.ceil(len(styles) / 3)), layout="constrained"
     )
     rows = figure.subplots(len(shown), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (key, label) in zip(rows, shown.items(), strict=True):
         for run, look in styles.items():
-            curve = records.curves[records.curves.run == run][["epoch", key]].dropna()
+            curve = curves[curves.run == run][["epoch", key]].dropna()
             if curve.empty:
                 continue
             by_epoch = curve.groupby("epoch")[key].agg(["mean", "min", "max"])
@@ -241,7 +246,7 @@ def _learning_curves(records: Records) -> Drawing:
                 by_epoch.index, by_epoch["min"], by_epoch["max"], color=look.color, alpha=0.15, linewidth=0
             )
         axes.set_ylabel(label)
-        if key == "attention_loss" and _spans_decades(records.curves[key]):
+        if key == "attention_loss" and _spans_decades(curves[key]):
             axes.set_yscale("log")
     rows[-1].set_xlabel("epoch")
     rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))

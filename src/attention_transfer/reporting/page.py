@@ -147,13 +147,33 @@ def _context(
             if run.attention_loss is not None
         ],
         "transferring": [
-            {"run": name, "teacher": run.teacher, "layers": ", ".join(map(str, study.layers(name)))}
+            {
+                "run": name,
+                "teacher": run.teacher,
+                "layers": ", ".join(map(str, study.layers(name))),
+                "how": _how(study, name),
+            }
             for name, run in study.runs.items()
             if run.layers is not None
         ],
         "averaged": [name for name, run in study.runs.items() if run.ema is not None],
         "test_examples": _test_examples(records),
     } | _provenance(records)
+
+
+def _how(study: Study, name: str) -> str:
+    """What of these layers a run takes, where it is not all maps of all heads as they are."""
+    run, heads = study.runs[name], study.heads(name)
+    parts = []
+    if run.method == "distill_features":
+        parts.append("the residual stream behind them")
+    elif run.transfer != "map":
+        parts.append({"query": "their queries", "key": "their keys", "value": "their values"}[run.transfer])
+    if any(len(chosen) != study.architecture(name).heads for chosen in heads):
+        parts.append("of heads " + "; ".join(", ".join(map(str, chosen)) for chosen in dict.fromkeys(heads)))
+    if run.average is not None:
+        parts.append(f"their maps averaged over {run.average}")
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _claim_row(claim: Claim) -> dict[str, str]:

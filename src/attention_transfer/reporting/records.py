@@ -29,6 +29,7 @@ _ENSEMBLES = [
 ]
 _COMPARISONS = ["first", "second", "set", "shift", "difference", "low", "high", "seeds", "examples"]
 _CURVE = ["epoch", "step", "task_loss", "attention_loss", "learning_rate", "validation_accuracy"]
+_SOME_CURVES = ("feature_loss", "logit_loss")
 
 UNSHIFTED = "unshifted"  # the very test images that are shifted, as they are
 
@@ -126,7 +127,7 @@ def _train(folder: Path, stage: str) -> tuple[dict[str, Any], dict[str, Any], pd
     return (
         read_json(folder / "metrics.json", made_by=stage),
         _keys(folder / "run.json", read_json(folder / "run.json", made_by=stage), stage),
-        _table(folder / "curve.csv", stage, _CURVE),
+        _table(folder / "curve.csv", stage, _CURVE, _SOME_CURVES),
     )
 
 
@@ -172,7 +173,7 @@ def _keys(path: Path, record: dict[str, Any], stage: str) -> dict[str, Any]:
     return record
 
 
-def _table(path: Path, stage: str, columns: list[str]) -> pd.DataFrame:
+def _table(path: Path, stage: str, columns: list[str], optional: tuple[str, ...] = ()) -> pd.DataFrame:
     try:
         frame = pd.read_csv(path)
     except FileNotFoundError as error:
@@ -183,7 +184,7 @@ def _table(path: Path, stage: str, columns: list[str]) -> pd.DataFrame:
         raise _damaged(path, stage, f"is no table: {error}") from error
     if missing := [column for column in columns if column not in frame]:
         raise _damaged(path, stage, f"lacks the columns {', '.join(missing)}")
-    return frame[columns]
+    return frame[columns + [column for column in optional if column in frame]]
 
 
 def _damaged(path: Path, stage: str, problem: str) -> StudyError:

@@ -1,4 +1,7 @@
-"""Attention Distill: the student learns maps like the teacher's and then stands alone (paper A, section 3.2)."""
+"""Attention Distill: the student learns maps like the teacher's and then stands alone (paper A, section 3.2).
+
+Its variants learn queries, keys or values alone, and those of some heads alone.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_transfer.models.attention import read
-from attention_transfer.transfer.losses import streamed_attention_cross_entropy
-from attention_transfer.transfer.method import Loss
+from attention_transfer.models.attention import Attention, read
+from attention_transfer.transfer.attention_copy import NEEDED, Part
+from attention_transfer.transfer.losses import map_cross_entropy, streamed_attention_cross_entropy
+from attention_transfer.transfer.maps import Maps, fitted
+from attention_transfer.transfer.method import Given, Loss, Needs
 
 
 class AttentionDistill:
-    """Task loss plus `weight` times the cross-entropy of the maps.
+    """Task loss plus `weight` times the distance of the attentions.
 
     Args:
         layers: same layer to same layer, same head to same head.
+        heads: of each of these layers, which heads.
+        transfer: `map`: cross-entropy of the maps; else the mean squared difference of that part.
         reduction: of the attention loss over the layers.
+        temperature: divides the logits of both maps.
+        student_heads: number of the student's heads; teachers with another number are fitted to it.
     """
 
     teacher_at_inference = False
@@ -28,34 +37,79 @@ class AttentionDistill:
         student: nn.Module,
         *,
         layers: tuple[int, ...],
+        heads: tuple[tuple[int, ...], ...],
+        transfer: Part,
         weight: float,
         reduction: Literal["sum", "mean"],
+        temperature: float,
+        student_heads: int,
         label_smoothing: float,
     ) -> None:
         self.student = student
-        self.layers = layers
-        self.weight = weight
-        self.reduction = reduction
+        self.layers, self.heads, self.transfer = layers, heads, transfer
+        self.weight, self.reduction, self.temperature = weight, reduction, temperature
+        self.student_heads = student_heads
+        self.needs = Needs(NEEDED[transfer], layers)
         self.label_smoothing = label_smoothing
 
     def train(self) -> None:
         self.student.train()
 
-    def loss(self, images: Tensor, labels: Tensor, attention: Tensor | None) -> Loss:
-        if attention is None:
+    def loss(self, images: Tensor, labels: Tensor, given: Given | None) -> Loss:
+        if given is None:
             raise ValueError("Attention Distill needs the teacher's attention in training")
         with read(self.student, self.layers) as own:
             logits = self.student(images)
         task = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        pairs = [(attention[:, :, index], own[layer]) for index, layer in enumerate(self.layers)]
         layers = torch.stack(
             [
-                streamed_attention_cross_entropy(teacher, *student.queries_and_keys())
-                for teacher, student in pairs
+                self._distance(teacher, own[layer], heads)
+                for teacher, layer, heads in zip(given.attention, self.layers, self.heads, strict=True)
             ]
         )
         loss = layers.sum() if self.reduction == "sum" else layers.mean()
-        return Loss(total=task + self.weight * loss, task=task, attention=loss)
+        return Loss(total=task + self.weight * loss, task=task, transfer=loss)
 
-    def logits(self, student: nn.Module, images: Tensor, attention: Tensor | None) -> Tensor:
+    def logits(self, student: nn.Module, images: Tensor, given: Given | None) -> Tensor:
         return student(images)
+
+    def _distance(self, teacher: Attention | Maps, own: Attention, heads: tuple[int, ...]) -> Tensor:
+        if self.transfer != "map":
+            assert isinstance(teacher, Attention)  # config: only maps are averaged
+            theirs = {"query": teacher.queries, "key": teacher.keys, "value": teacher.values}[self.transfer]
+            mine = {"query": own.queries, "key": own.keys, "value": own.values}[self.transfer]
+            assert theirs is not None  # `Needs` asks for values
+            assert mine is not None
+            if theirs.shape != mine.shape:
+                raise ValueError(
+                    f"the teacher's {self.transfer} has shape {tuple(theirs.shape)}, the student's "
+                    f"{tuple(mine.shape)}: width, heads and tokens must be equal"
+                )
+            return F.mse_loss(self._chosen(mine, heads).float(), self._chosen(theirs, heads).float())
+        teacher = fitted(teacher, self.student_heads)
+        queries, keys = (self._chosen(part, heads) for part in (own.queries, own.keys))
+        bias = self._chosen_bias(own.bias, heads)
+        if isinstance(teacher, Maps):
+            own = Attention(queries, keys, bias, own.scale)
+            return map_cross_entropy(self._chosen(teacher.probabilities, heads), own.logits())
+        return streamed_attention_cross_entropy(
+            self._chosen(teacher.queries, heads),
+            self._chosen(teacher.keys, heads),
+            queries,
+            keys,
+            teacher_bias=self._chosen_bias(teacher.bias, heads),
+            teacher_scale=teacher.scale,
+            bias=bias,
+            scale=own.scale,
+            temperature=self.temperature,
+        )
+
+    def _chosen(self, part: Tensor, heads: tuple[int, ...]) -> Tensor:
+        """These heads of (batch, heads, ..) or (heads, ..)."""
+        return part if len(heads) == self.student_heads else part[..., list(heads), :, :]
+
+    def _chosen_bias(self, bias: Tensor | None, heads: tuple[int, ...]) -> Tensor | None:
+        """These heads of a bias, which may be the same for all of them."""
+        if bias is None or bias.dim() < 3 or bias.shape[-3] == 1:
+            return bias
+        return self._chosen(bias, heads)

@@ -1,4 +1,4 @@
-"""The attention cache: a teacher's queries and keys on disk, by (example, view). It never sees a model."""
+"""The attention cache: a teacher's attention on disk, by (example, view). It never sees a model."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attention_transfer.errors import StudyError
+from attention_transfer.transfer.cache_layout import Layout
 from attention_transfer.transfer.cache_reader import CacheReader, VerifyReport, verify
 from attention_transfer.transfer.cache_writer import CacheWriter
-from attention_transfer.transfer.shards import SHARD_BYTES, Layout
+from attention_transfer.transfer.shards import SHARD_BYTES
 
 __all__ = ["SHARD_BYTES", "CacheReader", "CacheWriter", "Layout", "Plan", "VerifyReport", "plan", "verify"]
 
@@ -34,22 +35,25 @@ def plan(
     free_bytes: int,
     where: Path,
     shard_bytes: int = SHARD_BYTES,
+    bias_heads: int = 0,
 ) -> Plan:
     """Size of a cache of `rows` rows, before anything is written.
 
     Args:
         rows: number of (example, view) pairs.
-        layout: shape and number format of a row.
+        layout: content, shape and number format of a row.
         budget_bytes: the largest size allowed by attention.budget_gb; None for no limit.
         free_bytes: free disk room, plus what `where` already holds of this cache.
         where: the cache's folder, for the message.
         shard_bytes: as given to `CacheWriter`.
+        bias_heads: heads of the bias given to `CacheWriter`; 0 without one.
 
     Raises:
         StudyError: over the budget, or over the free disk room; names the two ways out.
     """
     shards = math.ceil(rows / layout.rows_per_shard(shard_bytes))
-    wanted = rows * (layout.row_bytes + _ROW_EXTRA) + shards * _SHARD_EXTRA + _CACHE_EXTRA
+    bias = 4 * layout.layers * bias_heads * layout.tokens**2
+    wanted = rows * (layout.row_bytes + _ROW_EXTRA) + shards * _SHARD_EXTRA + bias + _CACHE_EXTRA
     ways_out = "store fewer views (views.per_image), or store none (attention.source: online)"
     if budget_bytes is not None and wanted > budget_bytes:
         raise StudyError(

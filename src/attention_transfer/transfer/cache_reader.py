@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from attention_transfer.errors import StudyError, repro
-from attention_transfer.transfer.cache_manifest import Integers, read_manifest, require_recipe
+from attention_transfer.transfer.cache_layout import Content, unpack
+from attention_transfer.transfer.cache_manifest import Entry, Integers, read_manifest, require_recipe
 from attention_transfer.transfer.shards import (
+    MANIFEST,
     REMEDY,
     STAGE,
     Shard,
@@ -22,9 +24,20 @@ from attention_transfer.transfer.shards import (
     shard_fingerprint,
 )
 
+Progress = Callable[[Sequence[Entry]], Iterable[Entry]]
+"""Shows how far an iteration over shards has come."""
+
+_NAMES: dict[Content, str] = {"queries_and_keys": "queries and keys", "maps": "attention maps"}
+
 
 class CacheReader:
     """A finished cache on disk, which may be read-only and read by several processes at once.
+
+    Attributes:
+        layout: what a row holds; `layout.content` says which of `read` and `read_maps` it answers.
+        keys: int64 (rows, 2), example and view.
+        bias: float32 (layers, heads or 1, tokens, tokens), which the teacher adds to the logits of every
+            image; None where it adds none.
 
     Args:
         folder: as written by `CacheWriter`.
@@ -47,6 +60,7 @@ class CacheReader:
         if expect is not None:
             require_recipe(folder, manifest.recipe, expect)
         self.recipe, self.layout, self.keys = manifest.recipe, manifest.layout, manifest.keys
+        self.bias = None if manifest.bias is None else torch.tensor(manifest.bias)
         self._fingerprint, self._entries = manifest.fingerprint, manifest.shards
         self._starts = np.cumsum([0, *(entry.rows for entry in self._entries)])
         self._examples, self._views = np.ascontiguousarray(self.keys.T)
@@ -56,8 +70,10 @@ class CacheReader:
         self._opened: list[Shard | None] = [None] * len(self._entries)
         self._verified = np.zeros(len(self.keys), dtype=bool)
         if verify == "all":
-            for index, entry in enumerate(self._entries):
-                self._verified_shard(index, np.arange(entry.rows))
+            for index in range(len(self._entries)):
+                if damaged := self._shard(index).damaged():
+                    raise self._damaged(index, damaged[0])
+            self._verified[:] = True
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -77,36 +93,63 @@ class CacheReader:
             layers: which layers, in this order; None for all.
 
         Returns:
-            (batch, 2, layers, heads, tokens, head_dim), contiguous, in the layout's dtype, on the CPU;
-            index 0 of the second axis holds the queries.
+            (batch, 2, layers, heads, tokens, head_dim), contiguous, on the CPU; index 0 of the second axis
+            holds the queries. float16 from a cache in float16, float32 from one in float32 or int8.
 
         Raises:
-            StudyError: a row is not in the cache, or fails its checksum, or its shard is missing.
+            StudyError: the cache holds maps; or a row is not in it, or fails its checksum, or its shard
+                is missing.
             ValueError: a layer that the teacher does not have.
         """
-        rows = self._find(np.asarray(examples, dtype=np.int64), np.asarray(views, dtype=np.int64))
+        return self._read("queries_and_keys", examples, views, layers)
+
+    def read_maps(
+        self, examples: Integers, views: Integers | int, layers: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Attention maps of a batch, as stored: (batch, layers, heads, tokens, tokens); see `Layout`.
+
+        Arguments and errors are those of `read`; it is an error, too, where the cache holds queries and keys.
+        """
+        return self._read("maps", examples, views, layers)
+
+    def _read(
+        self, content: Content, examples: Integers, views: Integers | int, layers: Sequence[int] | None
+    ) -> torch.Tensor:
         layout = self.layout
-        every = list(range(layout.layers))
-        chosen = every if layers is None else list(layers)
+        if layout.content != content:
+            raise StudyError(
+                f"holds {_NAMES[layout.content]}, and {_NAMES[content]} are asked for",
+                where=str(self.folder / MANIFEST),
+                remedy=f"set attention.content: {content}, and make the cache anew: {repro(STAGE)}",
+            )
+        rows = self._find(np.asarray(examples, dtype=np.int64), np.asarray(views, dtype=np.int64))
+        chosen = list(range(layout.layers) if layers is None else layers)
         if not all(0 <= layer < layout.layers for layer in chosen):
             raise ValueError(f"layers {chosen}: the cache holds layers 0 to {layout.layers - 1}")
-        out = torch.empty((len(rows), 2, len(chosen), *layout.shape[2:]), dtype=getattr(torch, layout.dtype))
-        # The gather copies units: whole rows or, of some layers, the queries or keys of one layer.
-        if chosen == every:
-            per_row, units = 1, np.zeros(1, dtype=np.int64)
-        else:
-            per_row = 2 * layout.layers
-            units = np.add.outer([0, layout.layers], np.array(chosen, dtype=np.int64)).ravel()
-        unit = 2 * layout.layers * layout.layer_values // per_row
-        target = out.numpy().reshape(len(rows), len(units), unit)
+        starts = np.arange(0, layout.units, layout.layers)  # of the queries' units and of the keys'
+        units = np.add.outer(starts, np.array(chosen, dtype=np.int64)).ravel()
+        whole = len(units) == layout.units and bool((units[1:] > units[:-1]).all())
+        stored = torch.empty((len(rows), len(units), layout.unit_bytes), dtype=torch.uint8)
+        target = stored.numpy()
         order = np.argsort(rows)
         ends = np.searchsorted(rows[order], self._starts)
         for index in np.flatnonzero(ends[1:] > ends[:-1]).tolist():
             positions = order[ends[index] : ends[index + 1]]
             local = rows[positions] - self._starts[index]
-            source = self._verified_shard(index, local).rows.reshape(-1, unit)
-            target[positions] = source[np.add.outer(local * per_row, units)]
-        return out
+            shard = self._shard(index)
+            verified = self._verified[self._starts[index] : self._starts[index + 1]]
+            # Row by row, each from the mapped file to its place: a gather of all would be copied once more,
+            # and a row that has just been verified is still in the processor's cache.
+            for position, row in zip(positions.tolist(), local.tolist(), strict=True):
+                if not verified[row]:
+                    if not shard.intact(row):
+                        raise self._damaged(index, row)
+                    verified[row] = True
+                if whole:
+                    target[position] = shard.rows[row]
+                else:
+                    np.take(shard.rows[row], units, axis=0, out=target[position], mode="clip")
+        return unpack(stored, layout).floats().view(len(rows), *layout.of_layers(len(chosen)))
 
     def _find(self, examples: Integers, views: Integers) -> Integers:
         """Rows of the keys (batch,); a key that is not there is an error."""
@@ -137,17 +180,11 @@ class CacheReader:
             f"views from {self._views.min()} to {self._views.max()}"
         )
 
-    def _verified_shard(self, index: int, local: Integers) -> Shard:
-        """The shard, after verifying those of its rows `local` that this process has not read before."""
+    def _shard(self, index: int) -> Shard:
+        """The shard, opened when a row of it is first read."""
         shard = self._opened[index]
         if shard is None:
             shard = self._opened[index] = self._open(index)
-        verified = self._verified[self._starts[index] : self._starts[index + 1]]
-        if not (seen := verified[local]).all():
-            fresh = local[~seen]
-            if len(damaged := shard.damaged(fresh)):
-                raise StudyError(self._damage(index, int(damaged[0])), where=str(shard.path), remedy=REMEDY)
-            verified[fresh] = True
         return shard
 
     def _open(self, index: int) -> Shard:
@@ -167,21 +204,25 @@ class CacheReader:
             )
         return shard
 
-    def _damage(self, index: int, local: int) -> str:
+    def _damaged(self, index: int, local: int) -> StudyError:
         example, view = self.keys[self._starts[index] + local].tolist()
-        return f"row {local} (example {example}, view {view}) fails its checksum"
+        return StudyError(
+            f"row {local} (example {example}, view {view}) fails its checksum",
+            where=str(self.folder / self._entries[index].file),
+            remedy=REMEDY,
+        )
 
-    def damages(self) -> tuple[int, tuple[str, ...]]:
+    def damages(self, progress: Progress) -> tuple[int, tuple[str, ...]]:
         """Number of intact rows, and one line for each damaged row or shard; reads every byte."""
         intact, problems = 0, []
-        for index, entry in enumerate(self._entries):
+        for index, entry in enumerate(progress(self._entries)):
             try:
                 shard = self._open(index)
             except StudyError as error:
                 problems.append(f"{entry.file}: {error.problem}")
                 continue
-            damaged = shard.damaged().tolist()
-            problems += [f"{entry.file}: {self._damage(index, row)}" for row in damaged]
+            damaged = shard.damaged()
+            problems += [f"{entry.file}: {self._damaged(index, row).problem}" for row in damaged]
             intact += entry.rows - len(damaged)
         return intact, tuple(problems)
 
@@ -195,14 +236,17 @@ class VerifyReport:
     problems: tuple[str, ...]
 
 
-def verify(folder: Path) -> VerifyReport:
+def verify(folder: Path, *, progress: Progress = iter) -> VerifyReport:
     """Recomputes every checksum of a cache.
+
+    Args:
+        progress: gives the shards on as it gets them, such as tqdm.
 
     Raises:
         StudyError: the cache is unfinished, or its manifest or keys are damaged.
     """
     reader = CacheReader(folder, expect=None)
-    intact, problems = reader.damages()
+    intact, problems = reader.damages(progress)
     return VerifyReport(rows=len(reader), intact=intact, problems=problems)
 
 

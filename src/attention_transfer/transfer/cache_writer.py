@@ -13,11 +13,13 @@ import torch
 
 from attention_transfer import files
 from attention_transfer.errors import StudyError
-from attention_transfer.transfer.cache_manifest import Entry, Manifest, write_manifest
+from attention_transfer.transfer.cache_layout import Layout, pack
+from attention_transfer.transfer.cache_manifest import Bias, Entry, Manifest, bias_digest, write_manifest
+from attention_transfer.transfer.quantisation import STEPS, Stored, stored
 from attention_transfer.transfer.shards import (
+    BIAS,
     MANIFEST,
     SHARD_BYTES,
-    Layout,
     cache_fingerprint,
     digest,
     json_like,
@@ -37,18 +39,21 @@ class CacheWriter:
 
     Entering it takes the writer lock, a file beside the folder, and removes what does not verify:
     shards of another recipe or of other keys, damaged ones, leftovers of a killed process. Leaving
-    it without an error writes the keys and, last, the manifest. Equal rows give equal bytes.
+    it without an error writes keys, bias and, last, the manifest. Equal rows give equal bytes.
 
     Args:
         folder: where the cache lies; made if need be.
-        layout: shape and number format of a row.
+        layout: content, shape and number format of a row.
         recipe: JSON-like; everything that the rows depend on (teacher, data set, views, ...).
         keys: (rows, 2) int64, unique; example >= 0 and view >= -1, where -1 is the clean image.
         shard_bytes: size of a shard's rows; the last shard may be smaller.
+        bias: floats (layers, heads or 1, tokens, tokens) that the teacher adds to its logits, stored once,
+            as float32; None where it adds none. Maps hold its effect already.
 
     Raises:
-        StudyError: on entering, when another process writes this cache or the folder is not writable.
-        ValueError: keys of another shape, type or range, or not unique.
+        StudyError: the bias is not finite; or on entering, when another process writes this cache or
+            the folder is not writable.
+        ValueError: keys of another shape, type or range, or not unique; a bias of another shape.
     """
 
     def __init__(
@@ -59,6 +64,7 @@ class CacheWriter:
         recipe: Mapping[str, Any],
         keys: np.ndarray[Any, np.dtype[np.int64]],
         shard_bytes: int = SHARD_BYTES,
+        bias: torch.Tensor | None = None,
     ) -> None:
         if keys.ndim != 2 or keys.shape[1] != 2 or keys.dtype != np.int64:
             raise ValueError(f"keys are int64 of shape (rows, 2), not {keys.dtype} of shape {keys.shape}")
@@ -68,14 +74,16 @@ class CacheWriter:
             raise ValueError("keys: a pair (example, view) is given twice")
         self.folder, self.layout, self.keys = folder, layout, keys
         self._recipe = json_like(recipe)
-        self._fingerprint = cache_fingerprint(self._recipe, layout)
+        self._bias = None if bias is None else _checked_bias(bias, layout, where=str(folder))
+        bias_xxh3 = None if self._bias is None else bias_digest(self._bias)
+        self._fingerprint = cache_fingerprint(self._recipe, layout, bias_xxh3)
         per_shard = layout.rows_per_shard(shard_bytes)
         self._slices = [
             slice(start, min(start + per_shard, len(keys))) for start in range(0, len(keys), per_shard)
         ]
         self._digests: dict[int, str] = {}  # of the checksums of each shard on disk
         self._missing: list[int] = []  # shards still to be written, in order
-        self._buffer = np.empty((0, *layout.shape), layout.numpy_dtype)
+        self._buffer = np.empty((0, layout.units, layout.unit_bytes), np.uint8)
         self._filled = 0  # rows in the buffer, the first ones of shard self._missing[0]
         self._lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
 
@@ -130,32 +138,38 @@ class CacheWriter:
             size = self._size(self._missing[0])
             first = self._slices[self._missing[0]].start + self._filled
             if len(self._buffer) != size:
-                self._buffer = np.empty((size, *self.layout.shape), self.layout.numpy_dtype)
+                self._buffer = np.empty((size, *self._buffer.shape[1:]), np.uint8)
             piece = rows[: size - self._filled]
-            stored = piece.to(getattr(torch, self.layout.dtype))
-            self._refuse_overflow(stored, piece, first=first)
-            torch.from_numpy(self._buffer[self._filled : self._filled + len(piece)]).copy_(stored)
+            numbers = stored(piece, self.layout.dtype)
+            self._refuse_overflow(numbers, piece, first=first)
+            place = self._buffer[self._filled : self._filled + len(piece)]
+            pack(numbers, torch.from_numpy(place), self.layout)
             self._filled += len(piece)
             rows = rows[len(piece) :]
             if self._filled == size:
                 self._write_shard()
 
-    def _refuse_overflow(self, stored: torch.Tensor, given: torch.Tensor, *, first: int) -> None:
-        finite = stored.isfinite().flatten(1).all(dim=1)
+    def _refuse_overflow(self, numbers: Stored, given: torch.Tensor, *, first: int) -> None:
+        finite = numbers.finite()
         if finite.all():
             return
         row = int(finite.logical_not().nonzero()[0, 0])
         example, view = self.keys[first + row].tolist()
         where = f"{self.folder}: example {example}, view {view}"
+        name = "weight of a map" if self.layout.content == "maps" else "query or key"
         if given[row].isfinite().all():
+            if numbers.scales is None:
+                largest = torch.finfo(numbers.numbers.dtype).max
+            else:
+                largest = STEPS * torch.finfo(numbers.scales.dtype).max
             raise StudyError(
-                f"a query or key of size {given[row].abs().max().item():g} does not fit {self.layout.dtype}, "
-                f"whose largest number is {torch.finfo(stored.dtype).max:g}",
+                f"a {name} of size {given[row].abs().max().item():g} does not fit {self.layout.dtype}, "
+                f"whose largest number is {largest:g}",
                 where=where,
                 remedy="set attention.dtype: float32",
             )
         raise StudyError(
-            "a query or key of the teacher is NaN or infinite",
+            f"a {name} of the teacher is NaN or infinite",
             where=where,
             remedy="compute the teacher in float32 (training.precision) and set attention.dtype: float32; "
             "if it stays so, the teacher's weights are not finite",
@@ -182,7 +196,7 @@ class CacheWriter:
             shard = open_shard(path, layout=self.layout, rows=rows, fingerprint=fingerprint)
         except StudyError:
             return False  # missing, damaged or of another recipe: written anew, whatever the reason
-        if len(shard.damaged()):
+        if shard.damaged():
             return False
         self._digests[index] = digest(shard.checksums)
         return True
@@ -193,7 +207,9 @@ class CacheWriter:
     def _keep_what_verifies(self) -> None:
         self._missing = [index for index in range(len(self._slices)) if not self._keeps(index)]
         kept = {shard_name(index) for index in self._digests}
-        stale = [path for path in self.folder.glob("shard-*.safetensors") if path.name not in kept]
+        kept |= set() if self._bias is None else {BIAS}
+        found = [*self.folder.glob("shard-*.safetensors"), *self.folder.glob(BIAS)]
+        stale = [path for path in found if path.name not in kept]
         leftovers = list(self.folder.glob(f"{files.TEMPORARY}*"))
         try:
             if self._missing or stale:
@@ -216,8 +232,32 @@ class CacheWriter:
             Entry(file=shard_name(index), rows=self._size(index), xxh3=self._digests[index])
             for index in range(len(self._slices))
         ]
-        manifest = Manifest(self._fingerprint, self._recipe, self.layout, self.keys, tuple(entries))
+        manifest = Manifest(
+            fingerprint=self._fingerprint,
+            recipe=self._recipe,
+            layout=self.layout,
+            keys=self.keys,
+            shards=tuple(entries),
+            bias=self._bias,
+        )
         write_manifest(self.folder, manifest)
+
+
+def _checked_bias(bias: torch.Tensor, layout: Layout, *, where: str) -> Bias:
+    """As it is stored: float32, contiguous."""
+    shapes = [(layout.layers, heads, layout.tokens, layout.tokens) for heads in (layout.heads, 1)]
+    if layout.content == "maps":
+        raise ValueError("maps hold the bias already: it is stored beside queries and keys alone")
+    if tuple(bias.shape) not in shapes or not bias.is_floating_point():
+        raise ValueError(f"a bias is floats of shape {shapes}, not {bias.dtype} of shape {tuple(bias.shape)}")
+    values: Bias = np.ascontiguousarray(bias.detach().float().cpu().numpy())
+    if not np.isfinite(values).all():
+        raise StudyError(
+            "the bias that the teacher adds to its logits is NaN or infinite",
+            where=where,
+            remedy="use a teacher whose weights are finite",
+        )
+    return values
 
 
 def _unwritable(folder: Path, error: OSError) -> StudyError:

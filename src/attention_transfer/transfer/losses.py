@@ -28,13 +28,38 @@ def attention_cross_entropy(teacher: Tensor, student: Tensor, *, reduction: Lite
         raise ValueError(
             f"expected student logits like the teacher's, {tuple(teacher.shape)}, got {tuple(student.shape)}"
         )
-    rows = -(teacher.softmax(dim=-1) * F.log_softmax(student.float(), dim=-1)).sum(dim=-1)
-    layers = rows.flatten(start_dim=1).mean(dim=1)
+    pairs = zip(teacher.softmax(dim=-1), student, strict=True)
+    layers = torch.stack([map_cross_entropy(probabilities, logits) for probabilities, logits in pairs])
     return layers.sum() if reduction == "sum" else layers.mean()
 
 
+def map_cross_entropy(probabilities: Tensor, logits: Tensor) -> Tensor:
+    """The same of one layer, for a teacher whose attention is given as a map.
+
+    Args:
+        probabilities: the teacher's maps, (batch, heads, queries, keys).
+        logits: the student's scaled logits, of this shape.
+    """
+    if probabilities.shape != logits.shape:
+        raise ValueError(
+            f"expected student logits like the teacher's maps, {tuple(probabilities.shape)}, "
+            f"got {tuple(logits.shape)}"
+        )
+    return -(probabilities * F.log_softmax(logits.float(), dim=-1)).sum(dim=-1).mean()
+
+
 def streamed_attention_cross_entropy(
-    teacher: Tensor, queries: Tensor, keys: Tensor, *, block_bytes: int = BLOCK_BYTES
+    teacher_queries: Tensor,
+    teacher_keys: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    teacher_bias: Tensor | None = None,
+    teacher_scale: float | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    temperature: float = 1.0,
+    block_bytes: int = BLOCK_BYTES,
 ) -> Tensor:
     """`attention_cross_entropy` of one layer, from queries and keys, in memory linear in the tokens.
 
@@ -43,67 +68,111 @@ def streamed_attention_cross_entropy(
     the formula and its gradient, and none is computed twice.
 
     Args:
-        teacher: queries and keys, (batch, 2, heads, tokens, teacher's head_dim); constants.
+        teacher_queries, teacher_keys: (batch, heads, tokens, teacher's head_dim); constants.
         queries, keys: the student's, (batch, heads, tokens, head_dim).
+        teacher_bias, bias: added to the scaled logits, the same for all images: broadcastable to
+            (1, heads, tokens, tokens), as is the gradient.
+        teacher_scale, scale: of the logits; 1 / sqrt(head_dim) if None.
+        temperature: divides the logits of both.
         block_bytes: room for one network's maps, at least one row of them.
 
     Returns:
         A float32 scalar (float64 for float64): mean over batch, heads and queries.
     """
     batch, heads, tokens, _ = queries.shape
-    if teacher.shape[:-1] != (batch, 2, heads, tokens) or keys.shape != queries.shape:
-        raise ValueError(
-            f"expected student queries and keys for a teacher's {tuple(teacher.shape)}, "
-            f"got {tuple(queries.shape)} and {tuple(keys.shape)}"
-        )
-    loss: Tensor = _Streamed.apply(teacher, queries, keys, block_bytes)
+    for given in (teacher_queries, teacher_keys):
+        if given.shape[:-1] != (batch, heads, tokens) or keys.shape != queries.shape:
+            raise ValueError(
+                f"expected student queries and keys for a teacher's {tuple(given.shape)}, "
+                f"got {tuple(queries.shape)} and {tuple(keys.shape)}"
+            )
+    scales = (
+        (teacher_queries.shape[-1] ** -0.5 if teacher_scale is None else teacher_scale) / temperature,
+        (queries.shape[-1] ** -0.5 if scale is None else scale) / temperature,
+    )
+    biases = [
+        None if given is None else (given / temperature).broadcast_to(1, heads, tokens, tokens).squeeze(0)
+        for given in (teacher_bias, bias)
+    ]
+    loss: Tensor = _Streamed.apply(
+        teacher_queries, teacher_keys, biases[0], queries, keys, biases[1], scales, block_bytes
+    )
     return loss
 
 
 class _Streamed(torch.autograd.Function):
+    """Maps of batch and heads are rows of one axis, image by image; biases are (heads, tokens, tokens)."""
+
     @staticmethod
-    def forward(ctx: Any, teacher: Tensor, queries: Tensor, keys: Tensor, block: int) -> Tensor:
-        tokens, width = queries.shape[-2:]
+    def forward(  # noqa: PLR0917 - autograd passes them by position
+        ctx: Any,
+        teacher_queries: Tensor,
+        teacher_keys: Tensor,
+        teacher_bias: Tensor | None,
+        queries: Tensor,
+        keys: Tensor,
+        bias: Tensor | None,
+        scales: tuple[float, float],
+        block: int,
+    ) -> Tensor:
+        heads, tokens = queries.shape[1:3]
         accumulated = torch.promote_types(queries.dtype, torch.float32)
         with torch.autocast(queries.device.type, enabled=False):
             # (batch * heads, tokens, head_dim), in the student's format; the scales go into the queries.
-            given = (teacher[:, 0] * teacher.shape[-1] ** -0.5, teacher[:, 1], queries, keys)
-            tq, tk, q, k = (part.to(queries.dtype).flatten(0, 1) for part in given)
-            scaled = q * width**-0.5
-            rows = q.shape[0] * tokens
-            dq = torch.empty_like(q) if ctx.needs_input_grad[1] else None
-            dk = torch.zeros_like(k) if ctx.needs_input_grad[2] else None
+            parts = (teacher_queries * scales[0], teacher_keys, queries * scales[1], keys)
+            tq, tk, q, k = (part.to(queries.dtype).flatten(0, 1) for part in parts)
+            wanted = ctx.needs_input_grad
+            dq = torch.empty_like(q) if wanted[3] else None
+            # Added up over blocks of rows, so that bfloat16 would round once a block.
+            dk = torch.zeros_like(k, dtype=accumulated) if wanted[4] else None
+            db = torch.zeros_like(bias, dtype=accumulated) if bias is not None and wanted[5] else None
             total = torch.zeros((), dtype=accumulated, device=q.device)
             maps, lines = _blocks(q.shape[0], tokens, k.shape[1], block // accumulated.itemsize)
             for first in range(0, q.shape[0], maps):
                 at = slice(first, first + maps)
+                head = torch.arange(first, min(first + maps, q.shape[0]), device=q.device) % heads
                 for top in range(0, tokens, lines):
                     line = slice(top, top + lines)
-                    target = (tq[at, line] @ tk[at].mT).to(accumulated).softmax(dim=-1)
-                    own = (scaled[at, line] @ k[at].mT).to(accumulated).log_softmax(dim=-1)
+                    target = (tq[at, line] @ tk[at].mT).to(accumulated)
+                    own = (q[at, line] @ k[at].mT).to(accumulated)
+                    if teacher_bias is not None:
+                        target += teacher_bias[head, line]
+                    if bias is not None:
+                        own += bias[head, line]
+                    target, own = target.softmax(dim=-1), own.log_softmax(dim=-1)
                     total -= torch.vdot(target.flatten(), own.flatten())
-                    if dq is None and dk is None:
+                    if dq is None and dk is None and db is None:
                         continue
-                    difference = own.exp_().sub_(target).to(q.dtype)
+                    difference = own.exp_().sub_(target)
+                    if db is not None:
+                        db[:, line].index_add_(0, head, difference)
+                    difference = difference.to(q.dtype)
                     if dq is not None:
                         dq[at, line] = difference @ k[at]
-                    if dk is not None:
-                        dk[at].baddbmm_(difference.mT, scaled[at, line])
-        ctx.factor, ctx.shapes = 1 / rows, (queries.shape, keys.shape)
-        ctx.scale = width**-0.5
-        ctx.save_for_backward(*(part for part in (dq, dk) if part is not None))
+                    if dk is not None and dk.dtype == q.dtype:
+                        dk[at].baddbmm_(difference.mT, q[at, line])
+                    elif dk is not None:
+                        dk[at] += difference.mT @ q[at, line]
+        rows = q.shape[0] * tokens
+        ctx.factor, ctx.scale, ctx.shape, ctx.dtype = 1 / rows, scales[1], queries.shape, keys.dtype
+        ctx.save_for_backward(dq, dk, db)
         return total / rows
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None, Tensor | None, None]:
-        saved = list(ctx.saved_tensors)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        dq, dk, db = ctx.saved_tensors
         factor = gradient * ctx.factor
-        found: list[Tensor | None] = [None, None]
-        for place, scale in ((0, ctx.scale), (1, 1.0)):
-            if ctx.needs_input_grad[1 + place]:
-                found[place] = (saved.pop(0) * (factor * scale)).view(ctx.shapes[place])
-        return None, found[0], found[1], None
+        return (
+            None,
+            None,
+            None,
+            None if dq is None else (dq * (factor * ctx.scale)).view(ctx.shape),
+            None if dk is None else (dk * factor).to(ctx.dtype).view(ctx.shape),
+            None if db is None else db * factor,
+            None,
+            None,
+        )
 
 
 def _blocks(maps: int, queries: int, keys: int, room: int) -> tuple[int, int]:

@@ -1,17 +1,18 @@
 """The files of the attention cache: safetensors shards whose every row has a checksum.
 
-A shard holds `rows` (n, 2, layers, heads, tokens, head_dim) and `xxh3` (n,), the 64-bit xxh3 of
-each row's bytes. Its metadata holds a fingerprint of recipe, layout and of the keys of its rows,
-so that a shard of another teacher, or of other images, is never mistaken for this one.
+A shard holds `rows` (n, *layout.stored_shape) and `xxh3` (n,), the 64-bit xxh3 of each row's bytes.
+Its metadata holds a fingerprint of recipe, layout, bias and of the keys of its rows, so that a shard
+of another teacher, or of other images, is never mistaken for this one.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -19,71 +20,34 @@ from xxhash import xxh3_64_hexdigest, xxh3_64_intdigest
 
 from attention_transfer import files
 from attention_transfer.errors import StudyError, repro
+from attention_transfer.transfer.cache_layout import Layout
 
 SHARD_BYTES = 64 * 2**20
 MANIFEST = "manifest.json"
 KEYS = "keys.safetensors"
+BIAS = "bias.safetensors"
 STAGE = "cache"  # the stage of the pipeline that writes the cache
 REMEDY = f"make it anew (intact shards are kept): {repro(STAGE, again=True)}"
 Checksums = np.ndarray[Any, np.dtype[np.uint64]]
 _FORMAT = 1  # raised when the files' meaning changes: older files are then written anew
-_STORED = {"float16": ("F16", "<f2"), "float32": ("F32", "<f4")}  # safetensors' and numpy's names
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Shape of one row: queries and keys of one (example, view), for all layers of a teacher."""
-
-    layers: int
-    heads: int
-    tokens: int
-    head_dim: int
-    dtype: Literal["float16", "float32"]
-
-    def __post_init__(self) -> None:
-        if min(self.layers, self.heads, self.tokens, self.head_dim) < 1 or self.dtype not in _STORED:
-            raise ValueError(f"sizes are positive, and dtype is one of {list(_STORED)}: got {self}")
-
-    @property
-    def shape(self) -> tuple[int, int, int, int, int]:
-        """(2, layers, heads, tokens, head_dim); index 0 of the first axis holds the queries."""
-        return (2, self.layers, self.heads, self.tokens, self.head_dim)
-
-    @property
-    def numpy_dtype(self) -> np.dtype[Any]:
-        """Little-endian, as in the files."""
-        return np.dtype(_STORED[self.dtype][1])
-
-    @property
-    def layer_values(self) -> int:
-        """Values of the queries, or of the keys, of one layer."""
-        return self.heads * self.tokens * self.head_dim
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row, without its checksum."""
-        return 2 * self.layers * self.layer_values * self.numpy_dtype.itemsize
-
-    def rows_per_shard(self, shard_bytes: int) -> int:
-        """Rows of every shard but the last; a shard holds at least one."""
-        return max(1, shard_bytes // self.row_bytes)
+_SAFETENSORS = {"float16": "F16", "float32": "F32", "int8": "U8"}  # names of the stored dtypes
 
 
 @dataclass(frozen=True)
 class Shard:
-    """An opened shard. `rows` (n, 2 * layers, heads * tokens * head_dim) is memory-mapped, read-only."""
+    """An opened shard. `rows` (n, units, bytes of a unit) is memory-mapped, read-only."""
 
     path: Path
-    rows: np.ndarray[Any, np.dtype[Any]]
+    rows: np.ndarray[Any, np.dtype[np.uint8]]
     checksums: Checksums
 
-    def damaged(self, indices: np.ndarray[Any, np.dtype[np.int64]] | None = None) -> np.ndarray[Any, Any]:
-        """Which of the rows `indices` (default: all) differ from their checksums; a subset of `indices`."""
-        if indices is None:
-            indices = np.arange(len(self.rows))
-        # `map` runs row by row in C and hashes the mapped pages without copying them.
-        found = checksums(map(self.rows.__getitem__, indices.tolist()), count=len(indices))
-        return indices[found != self.checksums[indices]]
+    def intact(self, row: int) -> bool:
+        """Whether a row has its checksum; hashes the mapped pages without copying them."""
+        return bool(xxh3_64_intdigest(self.rows[row]) == self.checksums[row])
+
+    def damaged(self) -> list[int]:
+        """Rows that differ from their checksums."""
+        return np.flatnonzero(checksums(self.rows, count=len(self.rows)) != self.checksums).tolist()
 
 
 def shard_name(index: int) -> str:
@@ -97,9 +61,10 @@ def json_like(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return value
 
 
-def cache_fingerprint(recipe: Mapping[str, Any], layout: Layout) -> str:
-    """Equal for caches whose equal keys hold equal rows."""
-    return files.fingerprint({"format": _FORMAT, "recipe": recipe, "layout": asdict(layout)})
+def cache_fingerprint(recipe: Mapping[str, Any], layout: Layout, bias: str | None) -> str:
+    """Equal for caches whose equal keys hold equal rows, and whose biases have equal digests."""
+    values = {"format": _FORMAT, "recipe": recipe, "layout": layout.entries()}
+    return files.fingerprint(values if bias is None else {**values, "bias": bias})
 
 
 def shard_fingerprint(cache: str, keys: np.ndarray[Any, np.dtype[np.int64]]) -> str:
@@ -117,14 +82,17 @@ def digest(values: np.ndarray[Any, Any]) -> str:
     return xxh3_64_hexdigest(np.ascontiguousarray(values).data)
 
 
-def write_shard(path: Path, rows: np.ndarray[Any, Any], *, layout: Layout, fingerprint: str) -> Checksums:
-    """Writes `rows` (n, *layout.shape) whole or not at all, and returns their checksums.
+def write_shard(
+    path: Path, rows: np.ndarray[Any, np.dtype[np.uint8]], *, layout: Layout, fingerprint: str
+) -> Checksums:
+    """Writes `rows` (n, units, bytes of a unit) whole or not at all, and returns their checksums.
 
     Raises:
         StudyError: the disk is full, or refuses.
     """
-    found = checksums(rows.reshape(len(rows), -1), count=len(rows))
-    tensors = {"rows": rows.reshape(len(rows), *layout.shape), "xxh3": found}
+    found = checksums(rows, count=len(rows))
+    stored = rows.view(layout.stored_dtype).reshape(len(rows), *layout.stored_shape)
+    tensors = {"rows": stored, "xxh3": found}
     # Exactly one metadata entry: safetensors writes several in an order that differs between runs.
     content = safetensors.numpy.save(tensors, metadata={"fingerprint": fingerprint})
     with files.atomic(path) as temporary:
@@ -156,10 +124,10 @@ def open_shard(path: Path, *, layout: Layout, rows: int, fingerprint: str) -> Sh
         checksum_list = np.fromfile(path, dtype="<u8", count=rows, offset=data)
         mapped = np.memmap(
             path,
-            dtype=layout.numpy_dtype,
+            dtype=np.uint8,
             mode="r",
             offset=data + expected["rows"]["data_offsets"][0],
-            shape=(rows, 2 * layout.layers, layout.layer_values),
+            shape=(rows, layout.units, layout.unit_bytes),
         )
     except FileNotFoundError as error:
         raise _bad(path, "is missing") from error
@@ -178,12 +146,24 @@ def _header(layout: Layout, rows: int, fingerprint: str) -> dict[str, Any]:
     """The header of an intact shard; safetensors puts the widest type first."""
     start = 8 * rows
     end = start + rows * layout.row_bytes
-    stored = _STORED[layout.dtype][0]
+    shape = [rows, *layout.stored_shape]
     return {
         "__metadata__": {"fingerprint": fingerprint},
         "xxh3": {"dtype": "U64", "shape": [rows], "data_offsets": [0, start]},
-        "rows": {"dtype": stored, "shape": [rows, *layout.shape], "data_offsets": [start, end]},
+        "rows": {"dtype": _SAFETENSORS[layout.dtype], "shape": shape, "data_offsets": [start, end]},
     }
+
+
+def file_bytes(layout: Layout, rows: int) -> int:
+    """Size of the file of a shard with so many rows, to the byte."""
+    return safetensors_bytes(_header(layout, rows, fingerprint="0" * 16))
+
+
+def safetensors_bytes(header: Mapping[str, Any]) -> int:
+    """Size of a safetensors file with this header: its length, itself padded to 8 bytes, and the tensors."""
+    text = len(json.dumps(header, separators=(",", ":")))
+    tensors = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    return 8 + math.ceil(text / 8) * 8 + int(tensors)
 
 
 def _bad(path: Path, problem: str) -> StudyError:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention_transfer.transfer.method import Loss
+from attention_transfer.transfer.method import Given, Loss
 
 
 class Supervised:
@@ -19,7 +19,7 @@ class Supervised:
         trained: `all` parameters, or the `head` alone (linear probe: last norm and linear layer).
     """
 
-    layers: tuple[int, ...] = ()
+    needs = None
     teacher_at_inference = False
 
     def __init__(
@@ -39,7 +39,7 @@ class Supervised:
     def train(self) -> None:
         self.student.train(self.trained == "all")
 
-    def loss(self, images: Tensor, labels: Tensor, attention: Tensor | None) -> Loss:
+    def loss(self, images: Tensor, labels: Tensor, given: Given | None) -> Loss:
         if self.trained == "head":
             with torch.no_grad():
                 features = self.student.forward_features(images)  # type: ignore[operator]
@@ -49,5 +49,5 @@ class Supervised:
         task = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         return Loss(total=task, task=task)
 
-    def logits(self, student: nn.Module, images: Tensor, attention: Tensor | None) -> Tensor:
+    def logits(self, student: nn.Module, images: Tensor, given: Given | None) -> Tensor:
         return student(images)

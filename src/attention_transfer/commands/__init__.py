@@ -1,0 +1,1 @@
+"""The larger commands of `python -m attention_transfer`, one a file."""

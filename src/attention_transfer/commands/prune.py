@@ -1,0 +1,222 @@
+"""What no entry of params.yaml needs any longer: found, sized, and deleted on request."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from attention_transfer import plan
+from attention_transfer.config import Study
+from attention_transfer.data import shifted
+from attention_transfer.errors import StudyError
+from attention_transfer.files import TEMPORARY
+from attention_transfer.layout import Layout
+
+Tree = Mapping[str, Any]
+"""By name what lies in a folder: another tree, or None where everything below is needed."""
+
+GITIGNORE = ".gitignore"  # DVC's, beside its outputs
+
+
+@dataclass(frozen=True)
+class Stale:
+    """A file or folder that nothing needs.
+
+    Attributes:
+        bytes: of all files in it.
+        shared: bytes of those with a second name, such as DVC's cache has for its files: deleting frees
+            them only once that goes too.
+    """
+
+    path: Path
+    reason: str
+    bytes: int
+    shared: int
+
+
+def show(study: Study, *, delete_too: bool) -> None:
+    """Prints every find with its size and reason, and deletes it on request."""
+    layout = Layout(study.name)
+    for root in _linked(study, layout):
+        print(f"{root} is reached through a symbolic link: left alone")
+    found = find(study, layout)
+    for stale in found:
+        print(
+            f"{'delete' if delete_too else 'would delete'} {stale.path}: {_megabytes(stale)}, {stale.reason}"
+        )
+        if delete_too:
+            delete(stale)
+    total, shared = sum(stale.bytes for stale in found), sum(stale.shared for stale in found)
+    print(f"{len(found)} in all, {total / 1e6:.3f} MB")
+    if shared:
+        print(
+            f"{shared / 1e6:.3f} MB of that have another name, as files in DVC's cache have: "
+            "they are freed when dvc gc drops them there"
+        )
+    if found and not delete_too:
+        print("nothing is deleted yet: add --delete")
+
+
+def _megabytes(stale: Stale) -> str:
+    return f"{stale.bytes / 1e6:.3f} MB"
+
+
+def find(study: Study, layout: Layout) -> list[Stale]:
+    """Everything in the study's own folders that params.yaml does not need; nothing behind a symlink."""
+    found = dict.fromkeys(_unnamed(study, layout), "params.yaml needs it no longer")
+    found |= _other_recipe(study, layout)
+    found |= _checkpoints(study)
+    for root in (layout.artifacts, layout.metrics, layout.report):
+        found |= dict.fromkeys(_leftovers(root), "left by a process that was killed")
+    # What lies in a stale folder goes with it.
+    outer = {path: reason for path, reason in found.items() if not any(up in found for up in path.parents)}
+    return [Stale(path, reason, *_sizes(path)) for path, reason in sorted(outer.items())]
+
+
+def delete(stale: Stale) -> None:
+    """Deletes it; of a symlink the link alone."""
+    try:
+        if stale.path.is_dir() and not stale.path.is_symlink():
+            shutil.rmtree(stale.path)
+        else:
+            stale.path.unlink()
+    except OSError as error:
+        raise StudyError(
+            f"cannot be deleted: {error.strerror or error}",
+            where=str(stale.path),
+            remedy="make its folder writable, and start again",
+        ) from error
+
+
+def _linked(study: Study, layout: Layout) -> list[Path]:
+    """Folders of the study that are reached through a symlink, and are therefore left alone."""
+    roots = (layout.artifacts, layout.metrics, layout.report, _checkpoint_root(study))
+    return [root for root in roots if root.exists() and not _own(root)]
+
+
+def _needed(study: Study, layout: Layout) -> dict[Path, Tree]:
+    """By root, the families of outputs that params.yaml names one by one; other families are always needed."""
+    seeds = [str(seed) for seed in study.seeds]
+    grid = {run: dict.fromkeys(seeds) for run in study.runs}
+    shifts = shifted.wanted(study.evaluation, study.data)
+    sets = [which for which in ("validation", "test") if which in study.evaluation.sets] + list(shifts)
+    logits = dict.fromkeys(f"{name}.safetensors" for name in sets)
+    shift_files = [*(f"{name}.npz" for name in shifts), shifted.MANIFEST, shifted.CONTACT_SHEET]
+    artifacts: Tree = {
+        "students": grid,
+        "predictions": {run: dict.fromkeys(seeds, logits) for run in study.runs},
+        "resolved": dict.fromkeys(f"{run}.json" for run in study.runs),
+        "teachers": dict.fromkeys(study.teachers),
+        "cache": {name: _needed_sets(study, layout, name) for name in study.teachers},
+        "shifts": dict.fromkeys(shift_files),
+    }
+    metrics: Tree = {
+        "train": grid,
+        "predict": grid,
+        "resolve": dict.fromkeys(study.runs),
+        "pretrain": dict.fromkeys(study.teachers),
+        "cache": dict.fromkeys(study.teachers),
+    }
+    return {layout.artifacts: artifacts, layout.metrics: metrics}
+
+
+def _needed_sets(study: Study, layout: Layout, teacher: str) -> Tree:
+    sets = plan.cached_sets(study, teacher)
+    locks = (f".{which}.lock" for which in sets)  # the writer's
+    return dict.fromkeys([layout.cache_manifest(teacher).name, *sets, *locks])
+
+
+def _unnamed(study: Study, layout: Layout) -> Iterator[Path]:
+    for root, families in _needed(study, layout).items():
+        if _own(root):
+            for family, tree in families.items():
+                yield from _not_in(root / family, tree)
+
+
+def _not_in(folder: Path, tree: Tree) -> Iterator[Path]:
+    for path in _below(folder):
+        if path.name not in tree:
+            yield path
+        elif tree[path.name] is not None:
+            yield from _not_in(path, tree[path.name])
+
+
+def _other_recipe(study: Study, layout: Layout) -> dict[Path, str]:
+    """Cached sets whose rows are of another teacher, other images or other views than the present ones."""
+    folders = [
+        (name, which, layout.cache(name) / which)
+        for name in study.teachers
+        for which in plan.cached_sets(study, name)
+        if _own(layout.artifacts) and (layout.cache(name) / which).is_dir()
+    ]
+    if not folders:
+        return {}
+    from attention_transfer.commands import cached  # torch and timm take seconds
+
+    found = {}
+    for name, which, folder in folders:
+        if (difference := cached.difference(study, layout, name, which)) is not None:
+            found[folder] = difference
+    return found
+
+
+def _checkpoint_root(study: Study) -> Path:
+    return Path(".ckpt") / study.name
+
+
+def _checkpoints(study: Study) -> dict[Path, str]:
+    """Checkpoints of stages that the study has no longer, and older ones beside a newer one of the same stage."""
+    root = _checkpoint_root(study)
+    labels = {f"{stage}-{name}" for stage in ("pretrain", "cache") for name in study.teachers}
+    labels |= {f"{stage}-{run}-{seed}" for stage in ("train", "predict") for run, seed in study.grid}
+    labels |= {f"resolve-{run}" for run in study.runs}
+    labels |= {"data", "split", "shifts", "evaluate", "maps", "report"}
+    found: dict[Path, str] = {}
+    newest: dict[str, Path] = {}
+    folders = _below(root) if _own(root) else []
+    for path in sorted(folders, key=lambda folder: folder.lstat().st_mtime, reverse=True):
+        label = path.name.rpartition("-")[0]
+        if label not in labels:
+            found[path] = "checkpoint of a stage that params.yaml names no longer"
+        elif newest.setdefault(label, path) != path:
+            found[path] = "checkpoint of other values, older than the one beside it"
+    return found
+
+
+def _leftovers(root: Path) -> Iterator[Path]:
+    """Unfinished files and folders whose writer is not alive."""
+    if _own(root):
+        for folder, folders, names in os.walk(root):  # which follows no symlinks
+            for name in (*folders, *names):
+                if name.startswith(TEMPORARY):
+                    writer = name.removeprefix(TEMPORARY).partition("-")[0]
+                    if not (writer.isdecimal() and psutil.pid_exists(int(writer))):
+                        yield Path(folder) / name
+
+
+def _own(root: Path) -> bool:
+    """Whether a folder lies below the present one, without a symlink on the way."""
+    return root.resolve() == Path.cwd().resolve() / root
+
+
+def _below(folder: Path) -> list[Path]:
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.name != GITIGNORE)
+
+
+def _sizes(path: Path) -> tuple[int, int]:
+    """Bytes of all files at `path`, and of those among them that have another name."""
+    if path.is_symlink() or not path.is_dir():
+        files = [path]
+    else:
+        files = [Path(folder) / name for folder, _, names in os.walk(path) for name in names]
+    stats = [file.lstat() for file in files]
+    shared = sum(stat.st_size for stat in stats if stat.st_nlink > 1)
+    return sum(stat.st_size for stat in stats), shared
