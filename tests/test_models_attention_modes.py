@@ -189,17 +189,9 @@ def test_autocast_models_are_read_and_handed_their_own_attention_without_a_bit_o
             assert torch.equal(model(images), expected)
 
 
-FAST = {("MAE", "handed over"), ("EVA02", "read")}  # enough to see at once that compilation is broken
-
-
-@pytest.mark.parametrize(
-    ("family", "use"),
-    [
-        pytest.param(family, use, marks=[] if (family, use) in FAST else [pytest.mark.slow])
-        for family in claimed("torch.compile")
-        for use in USES
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("family", claimed("torch.compile"))
 def test_compiled_models_agree(family: str, use: str) -> None:
     images = make_images()
     found = compute(family, use, images, compiled("aot_eager"))

@@ -113,6 +113,7 @@ def _needed(study: Study, layout: Layout) -> dict[Path, Tree]:
         "predictions": {run: dict.fromkeys(seeds, logits) for run in study.runs},
         "resolved": dict.fromkeys(f"{run}.json" for run in study.runs),
         "teachers": dict.fromkeys(study.teachers),
+        "finetuned": dict.fromkeys([*study.finetuned_teachers, "names.json"]),
         "cache": {name: _needed_sets(study, layout, name) for name in study.teachers},
         "shifts": dict.fromkeys(shift_files),
     }
@@ -176,7 +177,7 @@ def _checkpoints(study: Study) -> dict[Path, str]:
     labels = {f"{stage}-{name}" for stage in ("pretrain", "cache") for name in study.teachers}
     labels |= {f"{stage}-{run}-{seed}" for stage in ("train", "predict") for run, seed in study.grid}
     labels |= {f"resolve-{run}" for run in study.runs}
-    labels |= {"data", "split", "shifts", "evaluate", "maps", "report"}
+    labels |= {"data", "split", "finetuned", "shifts", "evaluate", "maps", "report"}
     found: dict[Path, str] = {}
     newest: dict[str, Path] = {}
     folders = _below(root) if _own(root) else []

@@ -9,7 +9,7 @@ import torch
 
 from attention_transfer import plan
 from attention_transfer.assembly import CachedSet, Parts
-from attention_transfer.config import MaskedAutoencoder, Study
+from attention_transfer.config import COPIES_ATTENTION, MaskedAutoencoder, Study
 from attention_transfer.data import shifted
 from attention_transfer.data.views import ViewRecipe
 from attention_transfer.errors import StudyError
@@ -19,8 +19,8 @@ from attention_transfer.transfer.cache_size import exact_bytes
 
 Source = Literal["cache", "online"]
 DIGITS = 1797  # images in scikit-learn's set of digits
-STARTED_ONLY = ("data", "split", "shifts", "evaluate", "maps", "report")
-"""Stages of seconds, of which only the start is in the forecast."""
+STARTED_ONLY = ("data", "split", "finetuned", "shifts", "evaluate", "maps", "report")
+"""Stages of seconds, and one that few studies have, of which only the start is in the forecast."""
 
 
 @dataclass(frozen=True)
@@ -162,12 +162,15 @@ def _run(
     )
     step = _resolved(speed, source) * scale
     row = plan.teacher_layout(study, run.teacher)
-    size = run.batch_size * row.row_bytes * len(layers) // row.layers
+    reads = (
+        run.method in COPIES_ATTENTION and run.transfer != "value"
+    )  # for the rest the teacher runs in the step
+    size = run.batch_size * row.row_bytes * len(layers) // row.layers if reads else 0
     # A copy student needs the teacher's attention to predict: for clean images from the cache, if there is one.
     copies = run.method == "copy"
     computed = speed.predict + (teacher.forward if copies else 0.0)
     stored = speed.predict + (row.row_bytes / teacher.read if copies else 0.0)
-    clean = stored if source == "cache" else computed
+    clean = stored if source == "cache" and reads else computed
     steps = run.epochs * (study.data.labelled // run.batch_size)
     curve = -(-run.epochs // study.training.validate_every) * study.training.curve_images
     sets = study.evaluation.sets
