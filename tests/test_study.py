@@ -28,11 +28,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-import tiny_study
 import yaml
-
-from attention_transfer import config
-from attention_transfer.layout import Layout
 
 pytestmark = pytest.mark.slow  # in order, by one worker: make test deals out whole files
 
@@ -610,34 +606,6 @@ def test_distilled_student_is_an_ordinary_timm_model(study: Study) -> None:
         logits = torch.cat([model.eval()(batch) for batch in ((images - mean) / std).split(500)])
     torch.testing.assert_close(logits, stored["logits"], rtol=1e-4, atol=1e-4)
     assert stored["logits"].std() > 0.1
-
-
-@pytest.mark.parametrize("method", ["copy", "distill"])
-def test_cached_and_online_training_end_within_the_spread_of_seeds(
-    method: str, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In one process, on the smoke study's images, teacher and cache, and with a schedule that teaches."""
-    skipped = shutil.ignore_patterns(".*", "mlflow.db*", "mlruns*", "students", "predictions", "reports")
-    shutil.copytree(study.folder, tmp_path / "copy", ignore=skipped, symlinks=True)
-    monkeypatch.chdir(tmp_path / "copy")
-    monkeypatch.setenv("ATTENTION_TRANSFER_DEVICE", "cpu")
-    values = yaml.safe_load(Path(PRESET).read_text(encoding="utf-8"))
-    values["training"]["validate_every"] = 60
-    values["runs"][method] |= {"epochs": 60, "learning_rate": 0.003, "batch_size": 20}
-    accuracy = {}
-    for source in ("cache", "online"):
-        values["attention"]["source"] = source
-        Path(PRESET).write_text(yaml.safe_dump(values), encoding="utf-8")
-        params = config.load(Path(PRESET))
-        accuracy[source] = [
-            tiny_study.run_train(params, Layout("smoke"), method, seed)["validation_accuracy"]
-            for seed in (0, 1, 2)
-        ]
-    spread = max(accuracy["cache"]) - min(accuracy["cache"])
-    assert min(accuracy["cache"]) > 0.4  # ten classes: it has learnt
-    assert spread > 0
-    for cached, online in zip(accuracy["cache"], accuracy["online"], strict=True):
-        assert abs(cached - online) <= spread, accuracy
 
 
 def test_misspelt_key_is_named(study: Study) -> None:
