@@ -17,14 +17,15 @@ study: setup
 	dvc repro $(GRAPH)
 	python -m attention_transfer show --params $(PARAMS)
 
+# Tests run on two workers with a thread each: two teams of threads on two cores wait for each other.
 test: setup
-	python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 check: setup
 	ruff format --check .
 	ruff check .
 	mypy
-	python -m pytest -n 2 --dist loadfile -q -m "not slow"
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -q -m "not slow"
 
 # Fashion-MNIST comes with a Debian package; elsewhere, or without the right to install, torchvision downloads it.
 setup: $(READY)
