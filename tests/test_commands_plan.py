@@ -55,6 +55,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speeds, "IMPORTS", "pass")
 
 
+@pytest.mark.slow
 def test_everything_is_measured(quick: None, tmp_path: Path) -> None:
     found = measure(study(), tiny_study.CPU, tmp_path)
     assert set(found.teachers) == {"first", "second"}
@@ -76,6 +77,7 @@ def test_everything_is_measured(quick: None, tmp_path: Path) -> None:
     assert found.runs["slower"] is found.runs["distill"]  # they differ in the learning rate alone
 
 
+@pytest.mark.slow
 def test_a_step_that_would_take_long_is_measured_smaller(
     quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +174,7 @@ def plan_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     command.main()
 
 
+@pytest.mark.slow
 def test_the_command_leaves_nothing_behind(
     quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

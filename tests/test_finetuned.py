@@ -55,6 +55,7 @@ def test_it_is_the_student_that_the_run_would_train(folder: Path) -> None:
     assert 0 <= metrics["tutor_validation_accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_what_matches_is_kept_and_what_changed_is_made_anew(folder: Path) -> None:
     run_stage(TUTOR)
     path = LAYOUT.finetuned_teacher("tutor") / "model.safetensors"

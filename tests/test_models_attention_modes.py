@@ -113,6 +113,7 @@ def compiled(backend: str) -> Mode:
     return mode
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("family", claimed("activation checkpointing"))
 def test_checkpointing_changes_no_bit(family: str, use: str) -> None:

@@ -170,6 +170,7 @@ def test_a_lost_database_is_rebuilt(
     assert tracking.sync(tmp_path / "metrics", other).imported == ()
 
 
+@pytest.mark.slow
 def test_a_live_run_and_its_record_are_one(
     record: Callable[..., Path], root: Path, study: str, tmp_path: Path
 ) -> None:
