@@ -73,6 +73,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "teaching": (
         "assembly",
+        "evaluation.predictions",
         "models",
         "transfer.cache",
         "transfer.method",

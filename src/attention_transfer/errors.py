@@ -19,10 +19,12 @@ class StudyError(Exception):
         super().__init__(f"{where}: {problem}\n  What to do: {remedy}")
 
 
-def repro(stage: str, *, again: bool = False) -> str:
+def repro(stage: str, *, again: bool = False, graph: str | None = None) -> str:
     """The command that makes a stage's outputs; `again` also where DVC takes them for made.
 
-    Presets have graphs of their own. The one at work is in a variable that DVC gives its stages.
+    Presets have graphs of their own. Without `graph`, it is the one at work, which is in a variable that DVC
+    gives its stages.
     """
-    graph, colon, _ = os.environ.get("DVC_STAGE", "").rpartition(":")
-    return f"dvc repro {'--force --single-item ' if again else ''}{graph}{colon}{stage}"
+    if graph is None:
+        graph = os.environ.get("DVC_STAGE", "").rpartition(":")[0]
+    return f"dvc repro {'--force --single-item ' if again else ''}{graph}{':' if graph else ''}{stage}"

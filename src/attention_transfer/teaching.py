@@ -9,19 +9,17 @@ import torch
 from torch import Tensor
 
 from attention_transfer.assembly import CachedSet, Parts
+from attention_transfer.evaluation.predictions import BATCH
 from attention_transfer.models import students
 from attention_transfer.transfer.cache import CacheReader
 from attention_transfer.transfer.method import Needs
 from attention_transfer.transfer.teacher_source import (
-    Averaged,
-    AveragedOverExamples,
     CachedTeacher,
     OnlineTeacher,
     TeacherSource,
+    averaging,
     is_cached,
 )
-
-BATCH = 125  # images a pass, as in the predictions
 
 
 def teacher_source(
@@ -34,13 +32,11 @@ def teacher_source(
     """
     if needs is None:
         return None
-    source, over = _source(parts, run, which, needs), parts.study.runs[run].average
-    if over is None:
-        return source
-    if over != "examples":
-        return Averaged(source, over)
+    over = parts.study.runs[run].average
+    # The mean over examples is taken once, and then no other set is needed.
+    source = _source(parts, run, "views" if over == "examples" else which, needs)
     with torch.autocast(parts.device.type, torch.bfloat16, enabled=parts.bfloat16):
-        return AveragedOverExamples(_source(parts, run, "views", needs), _labelled_views(parts))
+        return averaging(source, over, _labelled_views(parts))
 
 
 def _source(parts: Parts, run: str, which: CachedSet | None, needs: Needs) -> TeacherSource:

@@ -11,7 +11,7 @@ from attention_transfer import plan
 from attention_transfer.assembly import Parts
 from attention_transfer.commands import cached
 from attention_transfer.config import Study
-from attention_transfer.errors import StudyError
+from attention_transfer.errors import StudyError, repro
 from attention_transfer.layout import Layout
 from attention_transfer.training import machine
 from attention_transfer.transfer import cache
@@ -77,5 +77,4 @@ def _verify_set(parts: Parts, teacher: str, which: str, sample: int) -> list[Stu
 def _repro(study: Study, teacher: str, *, again: bool = False) -> str:
     """The command that makes a teacher's cache, in the study's own graph."""
     graph = Path("studies") / study.name / "dvc.yaml"
-    target = f"{graph}:cache@{teacher}" if graph.exists() else f"cache@{teacher}"
-    return f"dvc repro {'--force --single-item ' if again else ''}{target}"
+    return repro(f"cache@{teacher}", again=again, graph=str(graph) if graph.exists() else "")

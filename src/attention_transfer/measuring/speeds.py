@@ -22,11 +22,10 @@ from attention_transfer.measuring.subject import Subject
 from attention_transfer.transfer.cache import SHARD_BYTES, CacheReader, CacheWriter
 from attention_transfer.transfer.method import Needs
 from attention_transfer.transfer.teacher_source import (
-    Averaged,
-    AveragedOverExamples,
     CachedTeacher,
     OnlineTeacher,
     TeacherSource,
+    averaging,
     is_cached,
     teacher_attention,
     teacher_maps,
@@ -202,12 +201,12 @@ def _sources(
     cached: TeacherSource = online
     if is_cached(needs, attention.content):
         cached = CachedTeacher(CacheReader(folder, expect=None), needs)
-    if run.average == "examples":
-        rows = np.arange(8)
-        cached = online = AveragedOverExamples(online, [(subject.clean(rows), rows, 0)])
-    elif run.average is not None:
-        cached, online = Averaged(cached, run.average), Averaged(online, run.average)
-    return {"cached_step": cached, "online_step": online}
+    rows = np.arange(8)
+    batches = [(subject.clean(rows), rows, 0)]
+    return {
+        kind: averaging(source, run.average, batches)
+        for kind, source in (("cached_step", cached), ("online_step", online))
+    }
 
 
 def _predict_seconds(subject: Subject, name: str, teacher: TeacherSource | None, pilot: float) -> float:

@@ -111,16 +111,31 @@ class CopiedParts:
     def replace(self, own: Attention) -> Tensor:
         assert own.values is not None
         parts = {"query": own.queries, "key": own.keys, "value": own.values}
-        theirs = {"query": self.teacher.queries, "key": self.teacher.keys, "value": self.teacher.values}
-        given, mine = theirs[self.transfer], parts[self.transfer]
-        assert given is not None  # `Needs` asks for values
-        if given.shape != mine.shape:
-            raise ValueError(
-                f"the teacher's {self.transfer} has shape {tuple(given.shape)}, the student's "
-                f"{tuple(mine.shape)}: width, heads and tokens must be equal"
-            )
+        given, mine = matching(self.teacher, own, self.transfer)
         parts[self.transfer] = torch.where(mask(self.heads, mine), given.to(mine.dtype), mine)
         return Attention(parts["query"], parts["key"], own.bias, own.scale).apply(parts["value"])
+
+
+def matching(
+    teacher: Attention, own: Attention, transfer: Literal["query", "key", "value"]
+) -> tuple[Tensor, Tensor]:
+    """The teacher's and the student's queries, keys or values.
+
+    Raises:
+        ValueError: their shapes differ.
+    """
+    given, mine = (
+        {"query": attention.queries, "key": attention.keys, "value": attention.values}[transfer]
+        for attention in (teacher, own)
+    )
+    assert given is not None  # `Needs` asks for values
+    assert mine is not None
+    if given.shape != mine.shape:
+        raise ValueError(
+            f"the teacher's {transfer} has shape {tuple(given.shape)}, the student's {tuple(mine.shape)}: "
+            "width, heads and tokens must be equal"
+        )
+    return given, mine
 
 
 def mask(heads: tuple[int, ...], like: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_transfer.models.attention import Attention, read
-from attention_transfer.transfer.attention_copy import NEEDED, Part
+from attention_transfer.transfer.attention_copy import NEEDED, Part, matching
 from attention_transfer.transfer.losses import map_cross_entropy, streamed_attention_cross_entropy
 from attention_transfer.transfer.maps import Maps, fitted
 from attention_transfer.transfer.method import Given, Loss, Needs
@@ -76,15 +76,7 @@ class AttentionDistill:
     def _distance(self, teacher: Attention | Maps, own: Attention, heads: tuple[int, ...]) -> Tensor:
         if self.transfer != "map":
             assert isinstance(teacher, Attention)  # config: only maps are averaged
-            theirs = {"query": teacher.queries, "key": teacher.keys, "value": teacher.values}[self.transfer]
-            mine = {"query": own.queries, "key": own.keys, "value": own.values}[self.transfer]
-            assert theirs is not None  # `Needs` asks for values
-            assert mine is not None
-            if theirs.shape != mine.shape:
-                raise ValueError(
-                    f"the teacher's {self.transfer} has shape {tuple(theirs.shape)}, the student's "
-                    f"{tuple(mine.shape)}: width, heads and tokens must be equal"
-                )
+            theirs, mine = matching(teacher, own, self.transfer)
             return F.mse_loss(self._chosen(mine, heads).float(), self._chosen(theirs, heads).float())
         teacher = fitted(teacher, self.student_heads)
         queries, keys = (self._chosen(part, heads) for part in (own.queries, own.keys))

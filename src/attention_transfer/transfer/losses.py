@@ -130,7 +130,8 @@ class _Streamed(torch.autograd.Function):
             maps, lines = _blocks(q.shape[0], tokens, k.shape[1], block // accumulated.itemsize)
             for first in range(0, q.shape[0], maps):
                 at = slice(first, first + maps)
-                head = torch.arange(first, min(first + maps, q.shape[0]), device=q.device) % heads
+                if bias is not None or teacher_bias is not None:
+                    head = torch.arange(first, min(first + maps, q.shape[0]), device=q.device) % heads
                 for top in range(0, tokens, lines):
                     line = slice(top, top + lines)
                     target = (tq[at, line] @ tk[at].mT).to(accumulated)

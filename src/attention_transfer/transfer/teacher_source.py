@@ -126,6 +126,17 @@ class Averaged:
         return Given(attention=averaged(found, self.over))
 
 
+def averaging(
+    source: TeacherSource,
+    over: Literal["examples", "queries", "heads", "layers"] | None,
+    batches: Iterable[tuple[Tensor, np.ndarray, int]],
+) -> TeacherSource:
+    """The source with its maps averaged as a run asks; over examples, over those of `batches`."""
+    if over is None:
+        return source
+    return AveragedOverExamples(source, batches) if over == "examples" else Averaged(source, over)
+
+
 class AveragedOverExamples:
     """The same maps for every image: a teacher's mean maps over a set of images.
 
