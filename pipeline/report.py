@@ -21,7 +21,7 @@ def main(this: Stage) -> None:
             for path in sorted((layout.report / "figures").glob("*.png")):
                 this.tracker.log_artifact(path)
             this.tracker.log_artifact(layout.report / "report.html")
-        show_recorded_runs()
+        show_recorded_runs(study.name)
         return {}
 
     records = sorted(path for path in (layout.metrics / "evaluate").glob("*.csv"))
@@ -34,10 +34,10 @@ def main(this: Stage) -> None:
     )
 
 
-def show_recorded_runs() -> None:
+def show_recorded_runs(study: str) -> None:
     """Stages of a few seconds left their records only: now they are shown in MLflow, all at once."""
     try:
-        tracking.sync(Path("metrics"), Path())
+        tracking.sync(Path("metrics"), Path(), study=study)
     except StudyError as error:
         print(f"warning: {error}", file=sys.stderr)
 

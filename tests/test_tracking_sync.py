@@ -147,6 +147,19 @@ def test_a_fresh_view_gets_every_record_once(
 
 
 @pytest.mark.slow
+def test_a_study_is_brought_in_alone(
+    record: Callable[..., Path], root: Path, study: str, tmp_path: Path
+) -> None:
+    record()
+    other = f"{study}_other"
+    shutil.copytree(tmp_path / "metrics" / study, tmp_path / "metrics" / other)
+    assert tracking.sync(tmp_path / "metrics", root, study=other).imported == ("train-copy-0",)
+    assert (len(shown(root, study)), len(shown(root, other))) == (0, 1)
+    assert tracking.sync(tmp_path / "metrics", root).present == 1
+    assert (len(shown(root, study)), len(shown(root, other))) == (1, 1)
+
+
+@pytest.mark.slow
 def test_a_lost_database_is_rebuilt(
     record: Callable[..., Path],
     root: Path,

@@ -64,7 +64,7 @@ class _Record:
         return tuple(None if values.get(tag) is None else str(values[tag]) for tag in RECORDED)
 
 
-def sync(metrics: Path, root: Path, locks: Mapping[str, Path] | None = None) -> SyncReport:
+def sync(metrics: Path, root: Path, locks: Mapping[str, Path] | None = None, study: str = "*") -> SyncReport:
     """Imports every recorded run that the store does not show, and marks dead runs KILLED.
 
     A record is shown by a run of the same study, stage, run, seed and fingerprint that is FINISHED, or
@@ -75,12 +75,13 @@ def sync(metrics: Path, root: Path, locks: Mapping[str, Path] | None = None) -> 
         root: repository; the default store lies in DVC_ROOT, or here. Paths in locks are relative to
             it or to the lock file.
         locks: dvc.lock of each study that has one; its hashes become tags `dvc.out.<path>`, `dvc.dep.<path>`.
+        study: import the records of this study only; all of them where it is "*".
 
     Raises:
         StudyError: a record is damaged, the store does not answer, or MLflow is not installed.
     """
     # Records first: a run that ends in between is then already in the store.
-    records = _read_records(metrics, root, locks or {})
+    records = _read_records(metrics, root, locks or {}, study)
     try:
         store = connect(root)
         with FileLock(store.folder / ".mlflow.sync.lock", timeout=600):
@@ -110,9 +111,12 @@ def _sync(store: Store, records: list[_Record]) -> SyncReport:
         elif run.info.status in {"FINISHED", "RUNNING"}:
             shown[tuple(run.data.tags.get(tag) for tag in RECORDED)] = run
     imported, tagged = [], []
+    parents: dict[str, str] = {}
     for record in records:
         if (found := shown.get(record.key)) is None:
-            _import(store, record)
+            if record.study not in parents:
+                parents[record.study] = study_run(store, record.study)
+            _import(store, record, parents[record.study])
             imported.append(record.name)
         elif record.tags.items() - found.data.tags.items():
             log_tags(store, found.info.run_id, record.tags)
@@ -134,7 +138,7 @@ def _is_dead(tags: Mapping[str, str]) -> bool:
     return gone or abs(started - float(tags["process.started"])) > SAME_PROCESS_SECONDS
 
 
-def _import(store: Store, record: _Record) -> None:
+def _import(store: Store, record: _Record, parent: str) -> None:
     """Makes a FINISHED run; one cut short is RUNNING without a process, so the next sync makes it anew."""
     from mlflow.entities import Metric
 
@@ -153,7 +157,7 @@ def _import(store: Store, record: _Record) -> None:
         ),
         **record.tags,
         **process_tags(),
-        "mlflow.parentRunId": study_run(store, record.study),
+        "mlflow.parentRunId": parent,
         "imported": datetime.fromtimestamp(int(time.time())).isoformat(),
     }
     created = store.client.create_run(store.experiment, start_time=begin, run_name=record.name, tags=tags)
@@ -166,11 +170,11 @@ def _import(store: Store, record: _Record) -> None:
     store.client.set_terminated(run_id, "FINISHED", end_time=end)
 
 
-def _read_records(metrics: Path, root: Path, locks: Mapping[str, Path]) -> list[_Record]:
+def _read_records(metrics: Path, root: Path, locks: Mapping[str, Path], study: str) -> list[_Record]:
     stages = {study: _read_lock(path, root) for study, path in locks.items()}
     records = []
-    for path in sorted(metrics.glob("*/**/run.json")):
-        study, *place = path.parent.relative_to(metrics).parts
+    for path in sorted(metrics.glob(f"{study}/**/run.json")):
+        name_of_study, *place = path.parent.relative_to(metrics).parts
         content = files.read_json(path, made_by=place[0] if place else "")
         required = {"stage", "fingerprint", "params", "git_revision", "git_dirty", "started", "seconds"}
         if missing := sorted(required - content.keys()):
@@ -184,9 +188,9 @@ def _read_records(metrics: Path, root: Path, locks: Mapping[str, Path]) -> list[
             for name in ("dvc", "versions", "machine", "peak_memory_mb")
             if name in content
         }
-        tags = {**flatten(details), **_lock_tags(stages.get(study, {}), path.resolve())}
+        tags = {**flatten(details), **_lock_tags(stages.get(name_of_study, {}), path.resolve())}
         name = "-".join(place) or content["stage"]
-        records.append(_Record(study, name, content, _read_points(path.parent), tags))
+        records.append(_Record(name_of_study, name, content, _read_points(path.parent), tags))
     return records
 
 
