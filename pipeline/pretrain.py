@@ -6,13 +6,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pandas as pd
 import torch
 
 from attention_transfer import config
 from attention_transfer.assembly import Parts
 from attention_transfer.errors import StudyError
-from attention_transfer.files import sha256, write_text
+from attention_transfer.files import sha256, write_csv
 from attention_transfer.models import vit
 from attention_transfer.models.masked_autoencoder import MaskedAutoencoder
 from attention_transfer.training import machine
@@ -43,8 +42,8 @@ def main(this: Stage) -> None:
                 model = vit.create(arguments, seed=teacher.seed)
             case config.FromFile():
                 model = from_file(this, teacher, arguments)
-        curve = pd.DataFrame(rows).rename(columns={"total": "reconstruction_loss"}).reindex(columns=CURVE)
-        write_text(this.record / "curve.csv", curve.to_csv(index=False))
+        renamed = [{**row, "reconstruction_loss": row["total"]} for row in rows]
+        write_csv(this.record / "curve.csv", CURVE, renamed)
         vit.save(this.layout.teacher(name), model, arguments)
         return metrics | {"parameters": sum(weight.numel() for weight in model.parameters())}
 

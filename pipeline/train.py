@@ -4,10 +4,8 @@ from attention_transfer.stage import Stage, run_script
 
 from typing import Any
 
-import pandas as pd
-
 from attention_transfer.assembly import Parts
-from attention_transfer.files import sha256, write_text
+from attention_transfer.files import sha256, write_csv
 from attention_transfer.fitting import fit_student, save_student
 from attention_transfer.training import machine
 
@@ -29,7 +27,7 @@ def main(this: Stage) -> None:
             where=this.where(f"runs.{name}"),
         )
         save_student(parts, name, model, layout.student(name, seed))
-        write_text(this.record / "curve.csv", curve(history.rows).to_csv(index=False))
+        write_csv(this.record / "curve.csv", columns(history.rows), history.rows)
         accuracy, loss = score(model, study.data.validation)
         return {
             "validation_accuracy": accuracy,
@@ -62,15 +60,13 @@ def main(this: Stage) -> None:
     )
 
 
-def curve(rows: list[dict[str, float]]) -> pd.DataFrame:
-    """The columns of curve.csv, which every method has; a cell is empty where there is no such value.
-
-    Methods that distil features or logits have one column more.
-    """
-    columns = ["epoch", "step", "task_loss", "attention_loss", "learning_rate", "validation_accuracy"]
-    frame = pd.DataFrame(rows)
-    more = [column for column in ("feature_loss", "logit_loss") if column in frame]
-    return frame.reindex(columns=columns + more).astype({"epoch": int, "step": int})
+def columns(rows: list[dict[str, float]]) -> list[str]:
+    """The columns of curve.csv, which every method has; those that distil features or logits have one more."""
+    more = [column for column in ("feature_loss", "logit_loss") if column in rows[0]]
+    return [
+        *("epoch", "step", "task_loss", "attention_loss", "learning_rate", "validation_accuracy"),
+        *more,
+    ]
 
 
 if __name__ == "__main__":

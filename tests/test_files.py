@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,6 +64,15 @@ def test_content_is_on_the_disk_before_it_has_its_name(path: Path, monkeypatch: 
     monkeypatch.setattr(os, "replace", renamed)
     files.write_text(path, NEW)
     assert events == ["file", "rename", "folder"]
+
+
+def test_a_table_reads_back_as_pandas_would_write_it(path: Path) -> None:
+    columns = ["epoch", "loss", "validation_accuracy"]
+    rows = [{"epoch": 1, "loss": 0.1 + 0.2, "unasked": 1.0}, {"epoch": 2, "loss": 1e-17, columns[2]: 0.5}]
+    files.write_csv(path, columns, rows)
+    assert path.read_text(encoding="utf-8") == pd.DataFrame(rows).reindex(columns=columns).to_csv(index=False)
+    files.write_csv(path, columns, [])
+    assert path.read_text(encoding="utf-8") == "epoch,loss,validation_accuracy\n"
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, MemoryError])

@@ -29,7 +29,7 @@ from attention_transfer.errors import StudyError
 from attention_transfer.files import fingerprint, write_json, write_text
 from attention_transfer.layout import Layout
 
-gc.set_threshold(50_000)
+gc.set_threshold(500_000)
 
 SECONDS_BEFORE_SHOWN = 5.0  # mlflow takes 3 s to import and open, too much for work that takes seconds
 DVC = {"stage": "DVC_STAGE", "exp": "DVC_EXP_NAME"}  # what DVC tells a stage; the second within an experiment
