@@ -24,8 +24,8 @@ test: setup
 check: setup
 	ruff format --check .
 	ruff check .
-	mypy
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -q -m "not slow"
+	mypy & types=$$!; OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile -q -m "not slow"; tests=$$?; \
+	  wait $$types && exit $$tests
 
 # Fashion-MNIST comes with a Debian package; elsewhere, or without the right to install, torchvision downloads it.
 setup: $(READY)

@@ -640,7 +640,7 @@ TRICKY = [
     "0.0", "00.5", '"1"', "'1e-3'", '"yes"', "2024-01-01", "1-2", "a-b", "train/x", "é", "1e400", "-1e400",
     "123456789012345678901234567890",
 ]
-# fmt: onx é 1e400 -1e400 123456789012345678901234567890""".split()
+# fmt: on
 
 
 @pytest.mark.parametrize(
@@ -657,6 +657,8 @@ def test_scalars_are_read_as_ruamel_reads_them(scalar: str) -> None:
 @settings(max_examples=400, deadline=None)
 @given(st.text(alphabet="+-._0123456789eExobtrufalsnyTINF:~", min_size=1, max_size=7))
 @example("0b_")
+@example("-_0")
+@example("+_")
 def test_any_plain_word_is_read_as_ruamel_reads_it(word: str) -> None:
     def outcome(read: Callable[[str], Any]) -> str:
         try:

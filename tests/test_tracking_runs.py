@@ -27,6 +27,8 @@ from attention_transfer.errors import StudyError
 from attention_transfer.tracking import database, runs
 from attention_transfer.tracking.contents import flatten
 
+pytestmark = pytest.mark.slow  # MLflow and its database take seconds to open
+
 RACERS = 8
 # One interpreter loads mlflow once and forks: eight imports would take half a minute.
 RACE = """
@@ -127,7 +129,6 @@ def raced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int], st
     return folder, json.loads(ended.stdout), ended.stderr
 
 
-@pytest.mark.slow
 def test_eight_processes_at_once_on_a_fresh_database(raced: tuple[Path, list[int], str]) -> None:
     folder, codes, errors = raced
     assert codes == [0] * RACERS + [-9, 143]
@@ -149,7 +150,6 @@ def test_eight_processes_at_once_on_a_fresh_database(raced: tuple[Path, list[int
     assert not list(folder.glob(".tmp-*"))
 
 
-@pytest.mark.slow
 def test_a_dead_run_becomes_killed(raced: tuple[Path, list[int], str], tmp_path: Path) -> None:
     folder, _, _ = raced
     assert tracking.sync(tmp_path, folder).killed == (f"run-{RACERS}",)
@@ -160,7 +160,6 @@ def test_a_dead_run_becomes_killed(raced: tuple[Path, list[int], str], tmp_path:
     assert tracking.sync(tmp_path, folder).killed == ()
 
 
-@pytest.mark.slow
 def test_a_study_gets_one_parent_from_eight_at_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = database.connect(root)
     client_type = type(store.client)

@@ -22,6 +22,8 @@ from attention_transfer import tracking
 from attention_transfer.errors import StudyError
 from attention_transfer.tracking import database
 
+pytestmark = pytest.mark.slow  # MLflow and its database take seconds to open
+
 EPOCHS = 3
 
 
@@ -103,7 +105,6 @@ def live(root: Path, study: str, error: BaseException | None = None, **changes: 
     return tracker.run_id
 
 
-@pytest.mark.slow
 def test_a_fresh_view_gets_every_record_once(
     record: Callable[..., Path], root: Path, study: str, tmp_path: Path
 ) -> None:
@@ -146,7 +147,6 @@ def test_a_fresh_view_gets_every_record_once(
     assert "run" not in runs["evaluate"].data.tags
 
 
-@pytest.mark.slow
 def test_a_study_is_brought_in_alone(
     record: Callable[..., Path], root: Path, study: str, tmp_path: Path
 ) -> None:
@@ -159,7 +159,6 @@ def test_a_study_is_brought_in_alone(
     assert (len(shown(root, study)), len(shown(root, other))) == (1, 1)
 
 
-@pytest.mark.slow
 def test_a_lost_database_is_rebuilt(
     record: Callable[..., Path],
     root: Path,
@@ -183,7 +182,6 @@ def test_a_lost_database_is_rebuilt(
     assert tracking.sync(tmp_path / "metrics", other).imported == ()
 
 
-@pytest.mark.slow
 def test_a_live_run_and_its_record_are_one(
     record: Callable[..., Path], root: Path, study: str, tmp_path: Path
 ) -> None:

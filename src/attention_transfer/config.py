@@ -635,7 +635,7 @@ _TAG = "tag:yaml.org,2002:"
 # What the plain words of YAML 1.2 mean, and 1_000 as ruamel.yaml, DVC's reader, takes it.
 _PLAIN = {
     "bool": ("tTfF", r"true|True|TRUE|false|False|FALSE"),
-    "int": ("-+0123456789", r"[-+]?(0b[01_]+|0o[0-7_]+|[0-9][0-9_]*|0x[0-9a-fA-F_]+)"),
+    "int": ("-+0123456789", r"[-+]?(0b[01_]+|0o[0-7_]+|_*[0-9][0-9_]*|0x[0-9a-fA-F_]+)"),
     "float": (
         "-+.0123456789",
         r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9_]+([eE][-+][0-9]+)?)"
