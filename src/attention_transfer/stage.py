@@ -22,14 +22,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from attention_transfer import config, provenance, tracking
 from attention_transfer.errors import StudyError
 from attention_transfer.files import fingerprint, write_json, write_text
 from attention_transfer.layout import Layout
 
 gc.set_threshold(500_000)
+
+STARTED = time.time()  # the interpreter's own start is 0.1 s back; what the kernel knows of it can be 1 s off
 
 SECONDS_BEFORE_SHOWN = 5.0  # mlflow takes 3 s to import and open, too much for work that takes seconds
 DVC = {"stage": "DVC_STAGE", "exp": "DVC_EXP_NAME"}  # what DVC tells a stage; the second within an experiment
@@ -44,7 +44,7 @@ class Stage:
         name: of the stage family, such as `train`.
         instance: what tells this instance from the others, such as run and seed.
         study: the whole params.yaml, checked.
-        started: when the process began, imports included.
+        started: when the script began, imports included; seconds since 1970.
         params: the part of it that this stage's result depends on, resolved.
     """
 
@@ -54,7 +54,7 @@ class Stage:
     params_file: Path
     script: Path
     layout: Layout
-    started: float = field(default_factory=lambda: psutil.Process().create_time())
+    started: float = STARTED
     tracker: tracking.Tracker = field(default_factory=tracking.Unshown)
     params: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
