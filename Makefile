@@ -19,7 +19,7 @@ study: setup
 
 # Tests run on two workers with a thread each: two teams of threads on two cores wait for each other.
 test: setup
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup
 	ruff format --check .

@@ -28,10 +28,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "data": ("config", "errors", "files"),
     "data.views": (),
     "data.corruptions": (),
-    "models": ("config", "errors", "files"),
+    "blocks": (),
+    "models": ("blocks", "config", "errors", "files"),
     # Transfer knows tensors, and attention as they are read and replaced, but no model by name.
     "transfer": ("errors", "files", "models.attention", "models.tokens"),
-    "transfer.losses": (),
+    "transfer.losses": ("blocks",),
     "transfer.methods": (
         "config",
         "transfer.attention_copy",

@@ -144,6 +144,28 @@ def test_only_the_chosen_layers_are_read(layers: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_can_stop_at_the_last_layer_that_is_read(family: str) -> None:
+    model, images = make(family).eval(), make_images()
+    ran: list[int] = []
+    for number, block in enumerate(model.blocks):
+        block.mlp.register_forward_hook(lambda *_, number=number: ran.append(number))
+    with torch.no_grad():
+        whole = capture(model, images, (0, 1))
+        ran.clear()
+        with read(model, (1, 0), then_stop=True) as found:
+            model.forward_features(images)
+            raise AssertionError("the pass goes on")
+    assert ran == [0]
+    assert list(found) == [0, 1]
+    for layer in (0, 1):
+        assert torch.equal(found[layer].queries, whole[layer].queries)
+        assert torch.equal(found[layer].keys, whole[layer].keys)
+        assert torch.equal(found[layer].values, whole[layer].values)
+    model(images)
+    assert ran == [0, *range(len(model.blocks))]  # and the model is as it was
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_handed_its_own_attention_keeps_its_logits(family: str) -> None:
     model, images = make(family), make_images()
     with torch.no_grad():

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from attention_transfer.models.attention_families import attention_modules
+from attention_transfer.models.constant_map import mixed_by_constant_map
 from attention_transfer.models.interception import Handler, Intercepted, substituted, unwrapped
 from attention_transfer.models.value_attention import ValueAttention, WholeMap
 
@@ -82,6 +83,8 @@ class Attention:
             raise ValueError(f"expected attention for values of {wanted}, got {given}")
         queries, keys = self.queries.to(values.dtype), self.keys.to(values.dtype)
         bias = None if self.bias is None else self.bias.to(values.dtype)
+        if _is_constant(queries, keys, bias) and values.requires_grad and values.device.type == "cpu":
+            return mixed_by_constant_map(queries, keys, values, bias, self.scale)
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=self.scale)
 
     def replace(self, own: Attention) -> Tensor:
@@ -95,6 +98,10 @@ class Attention:
         return self.apply(own.values)
 
 
+def _is_constant(*parts: Tensor | None) -> bool:
+    return not any(part is not None and part.requires_grad for part in parts)
+
+
 def slim(model: nn.Module, layers: Iterable[int]) -> None:
     """Removes the query and key weights of the layers whose attention will be handed over."""
     modules = attention_modules(model)
@@ -102,9 +109,19 @@ def slim(model: nn.Module, layers: Iterable[int]) -> None:
         unwrapped(model).blocks[layer].attn = ValueAttention(modules[layer])  # type: ignore[index, union-attr]
 
 
+class _AllRead(Exception):
+    """Leaves a forward pass of which nothing more is wanted."""
+
+
 @contextlib.contextmanager
-def read(model: nn.Module, layers: Iterable[int]) -> Iterator[dict[int, Attention]]:
+def read(
+    model: nn.Module, layers: Iterable[int], *, then_stop: bool = False
+) -> Iterator[dict[int, Attention]]:
     """Collects the attention of the model's first forward pass in the `with` block; outputs stay as they are.
+
+    Args:
+        then_stop: leave the `with` block as soon as the last of the layers has its attention, before it is
+            applied.
 
     Raises:
         TypeError: the model cannot be read, or would give attention without its gradient.
@@ -115,15 +132,21 @@ def read(model: nn.Module, layers: Iterable[int]) -> Iterator[dict[int, Attentio
             "re-entrant checkpointing hides gradients of attention: timm's set_reentrant_ckpt(False)"
         )
     modules, found = attention_modules(model), dict[int, Attention]()
+    layers = tuple(layers)
 
     def keep(layer: int) -> Handler:
         def handler(*args: Any, **kwargs: Any) -> Tensor:
             found.setdefault(layer, _own(*args, **kwargs))  # not that of a checkpoint's recomputation
+            if then_stop and layer == max(layers):
+                raise _AllRead
             return F.scaled_dot_product_attention(*args, **kwargs)
 
         return handler
 
-    with substituted(model, {layer: Intercepted(modules[layer], keep(layer)) for layer in layers}):
+    with (
+        contextlib.suppress(_AllRead),
+        substituted(model, {layer: Intercepted(modules[layer], keep(layer)) for layer in layers}),
+    ):
         yield found
 
 

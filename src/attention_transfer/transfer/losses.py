@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-BLOCK_BYTES = 2**20  # of one network's maps at a time: they stay in a core's cache
+from attention_transfer.blocks import BLOCK_BYTES, blocks
 
 
 def attention_cross_entropy(teacher: Tensor, student: Tensor, *, reduction: Literal["sum", "mean"]) -> Tensor:
@@ -127,33 +127,28 @@ class _Streamed(torch.autograd.Function):
             dk = torch.zeros_like(k, dtype=accumulated) if wanted[4] else None
             db = torch.zeros_like(bias, dtype=accumulated) if bias is not None and wanted[5] else None
             total = torch.zeros((), dtype=accumulated, device=q.device)
-            maps, lines = _blocks(q.shape[0], tokens, k.shape[1], block // accumulated.itemsize)
-            for first in range(0, q.shape[0], maps):
-                at = slice(first, first + maps)
-                if bias is not None or teacher_bias is not None:
-                    head = torch.arange(first, min(first + maps, q.shape[0]), device=q.device) % heads
-                for top in range(0, tokens, lines):
-                    line = slice(top, top + lines)
-                    target = (tq[at, line] @ tk[at].mT).to(accumulated)
-                    own = (q[at, line] @ k[at].mT).to(accumulated)
-                    if teacher_bias is not None:
-                        target += teacher_bias[head, line]
-                    if bias is not None:
-                        own += bias[head, line]
-                    target, own = target.softmax(dim=-1), own.log_softmax(dim=-1)
-                    total -= torch.vdot(target.flatten(), own.flatten())
-                    if dq is None and dk is None and db is None:
-                        continue
-                    difference = own.exp_().sub_(target)
-                    if db is not None:
-                        db[:, line].index_add_(0, head, difference)
-                    difference = difference.to(q.dtype)
-                    if dq is not None:
-                        dq[at, line] = difference @ k[at]
-                    if dk is not None and dk.dtype == q.dtype:
-                        dk[at].baddbmm_(difference.mT, q[at, line])
-                    elif dk is not None:
-                        dk[at] += difference.mT @ q[at, line]
+            for at, line in blocks(q.shape[0], tokens, k.shape[1], block // accumulated.itemsize):
+                head = torch.arange(at.start, at.stop, device=q.device) % heads
+                target = (tq[at, line] @ tk[at].mT).to(accumulated)
+                own = (q[at, line] @ k[at].mT).to(accumulated)
+                if teacher_bias is not None:
+                    target += teacher_bias[head, line]
+                if bias is not None:
+                    own += bias[head, line]
+                target, own = target.softmax(dim=-1), own.log_softmax(dim=-1)
+                total -= torch.vdot(target.flatten(), own.flatten())
+                if dq is None and dk is None and db is None:
+                    continue
+                difference = own.exp_().sub_(target)
+                if db is not None:
+                    db[:, line].index_add_(0, head, difference)
+                difference = difference.to(q.dtype)
+                if dq is not None:
+                    dq[at, line] = difference @ k[at]
+                if dk is not None and dk.dtype == q.dtype:
+                    dk[at].baddbmm_(difference.mT, q[at, line])
+                elif dk is not None:
+                    dk[at] += difference.mT @ q[at, line]
         rows = q.shape[0] * tokens
         ctx.factor, ctx.scale, ctx.shape, ctx.dtype = 1 / rows, scales[1], queries.shape, keys.dtype
         ctx.save_for_backward(dq, dk, db)
@@ -174,9 +169,3 @@ class _Streamed(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _blocks(maps: int, queries: int, keys: int, room: int) -> tuple[int, int]:
-    """How many maps, and how many of their rows, to make at a time: whole maps if one fits."""
-    lines = max(1, min(queries, room // keys))
-    return (max(1, min(maps, room // (queries * keys))), lines) if lines == queries else (1, lines)

@@ -92,11 +92,9 @@ class OnlineTeacher:
 
 @torch.no_grad()
 def attention_of(teacher: Any, images: Tensor, layers: tuple[int, ...]) -> tuple[Attention, ...]:
-    """The teacher's attention in these layers; layers above the last of them are not computed."""
-    with read(teacher, layers) as found:
-        teacher.forward_intermediates(
-            images, indices=[max(layers)], norm=False, stop_early=True, intermediates_only=True
-        )
+    """The teacher's attention in these layers; what comes after the last of them is not computed."""
+    with read(teacher, layers, then_stop=True) as found:
+        teacher.forward_features(images)
     return tuple(found[layer] for layer in layers)
 
 
