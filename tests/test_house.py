@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "transfer.losses": ("blocks",),
     "transfer.methods": (
         "config",
+        "models.constant_map",
         "transfer.attention_copy",
         "transfer.attention_distill",
         "transfer.distill_features",

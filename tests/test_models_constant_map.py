@@ -10,7 +10,9 @@ from torch import Tensor
 
 from attention_transfer.blocks import blocks
 from attention_transfer.models.attention import Attention
-from attention_transfer.models.constant_map import mixed_by_constant_map
+from attention_transfer.models.constant_map import Path, mixed_by_constant_map, path
+
+hows = pytest.mark.parametrize("how", ["materialised", "streamed", "fused"])
 
 
 def random(seed: int, *shape: int) -> Tensor:
@@ -41,6 +43,7 @@ def test_blocks_hold_every_row_of_every_map_once(maps: int, queries: int, keys: 
     seed=st.integers(0, 10**6),
     shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 9)),
     widths=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    how=st.sampled_from(["materialised", "streamed", "fused"]),
     form=st.sampled_from(["none", "per head", "one for all heads", "per image", "without batch axis"]),
     scale=st.none() | st.floats(0.1, 2),
     block_bytes=st.integers(1, 3000),
@@ -50,6 +53,7 @@ def test_output_and_gradient_are_those_of_the_formula(
     seed: int,
     shape: tuple[int, int, int],
     widths: tuple[int, int],
+    how: Path,
     form: str,
     scale: float | None,
     block_bytes: int,
@@ -66,7 +70,7 @@ def test_output_and_gradient_are_those_of_the_formula(
     bias = random(seed + 3, *sizes[form]) if form in sizes else None
     direction = random(seed + 4, *made.shape)
     results = []
-    for mixed, options in ((formula, {}), (mixed_by_constant_map, {"block_bytes": block_bytes})):
+    for mixed, options in ((formula, {}), (mixed_by_constant_map, {"how": how, "block_bytes": block_bytes})):
         values = made.clone().requires_grad_()
         found = mixed(queries, keys, values, bias, scale, **options)
         found.backward(direction)
@@ -75,20 +79,22 @@ def test_output_and_gradient_are_those_of_the_formula(
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
-def test_the_gradient_is_that_of_finite_differences() -> None:
+@hows
+def test_the_gradient_is_that_of_finite_differences(how: Path) -> None:
     queries, keys, bias = random(0, 2, 2, 5, 3), random(1, 2, 2, 5, 3), random(2, 1, 2, 5, 5)
     values = random(3, 2, 2, 5, 4).requires_grad_()
     assert torch.autograd.gradcheck(
-        lambda v: mixed_by_constant_map(queries, keys, v, bias, 0.7, block_bytes=200), (values,)
+        lambda v: mixed_by_constant_map(queries, keys, v, bias, 0.7, how=how, block_bytes=200), (values,)
     )
 
 
-def test_bfloat16_is_as_near_as_its_products() -> None:
+@hows
+def test_bfloat16_is_as_near_as_its_products(how: Path) -> None:
     queries, keys, values = (random(part, 4, 2, 50, 16).bfloat16() for part in range(3))
     values.requires_grad_()
     exact = values.detach().double().requires_grad_()
     direction = random(3, 4, 2, 50, 16)
-    found = mixed_by_constant_map(queries, keys, values, None, None)
+    found = mixed_by_constant_map(queries, keys, values, how=how)
     found.backward(direction.bfloat16())
     expected = formula(queries.double(), keys.double(), exact, None, None)
     expected.backward(direction)
@@ -97,12 +103,13 @@ def test_bfloat16_is_as_near_as_its_products() -> None:
         assert (mine.double() - theirs).norm() < 0.01 * theirs.norm()
 
 
-def test_nothing_of_the_size_of_a_map_is_kept() -> None:
+def test_nothing_of_the_size_of_a_map_is_kept_where_there_are_many_tokens() -> None:
     tokens = 300
+    assert path("cpu", tokens, 4) == "streamed"
     queries, keys, values = (random(part, 1, 2, tokens, 4).float() for part in range(3))
     kept: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
-        mixed_by_constant_map(queries, keys, values.requires_grad_(), None, None).sum().backward()
+        mixed_by_constant_map(queries, keys, values.requires_grad_()).sum().backward()
     assert kept
     assert max(kept) == queries.numel()
 

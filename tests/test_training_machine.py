@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -71,3 +73,32 @@ def test_threads_and_determinism_are_set(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.is_deterministic_algorithms_warn_only_enabled()
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems' allocators are left as they are")
+def test_a_step_reuses_the_memory_of_the_step_before() -> None:
+    """In a process of its own, as the allocator is the whole process's."""
+    program = (
+        "import resource, sys, torch\n"
+        "from attention_transfer.training import machine\n"
+        "if sys.argv[1] == 'prepared': machine.prepare()\n"
+        "def step(): return [torch.ones(2_000_000) for _ in range(8)]\n"
+        "for _ in range(3): step()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(10): step()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    faults = {
+        how: int(
+            subprocess.run(
+                [sys.executable, "-c", program, how],
+                capture_output=True,
+                text=True,
+                check=True,
+                env={**os.environ, machine.DEVICE: "cpu"},
+            ).stdout
+        )
+        for how in ("prepared", "as it comes")
+    }
+    assert 10 * faults["prepared"] < faults["as it comes"]

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from attention_transfer import config
 from attention_transfer.config import Run
-from attention_transfer.models import students, vit
+from attention_transfer.models import attention as attention_access
+from attention_transfer.models import constant_map, students, vit
 from attention_transfer.models.attention import Attention, read
 from attention_transfer.training import machine
-from attention_transfer.transfer import methods
+from attention_transfer.transfer import attention_copy, attention_distill, methods
 from attention_transfer.transfer.losses import attention_cross_entropy
 from attention_transfer.transfer.maps import Maps, fitted
 from attention_transfer.transfer.method import Given, Needs
@@ -617,6 +618,64 @@ def test_every_method_trains_other_weights(train: Train) -> None:
 def test_a_key_that_must_not_change_the_weights_does_not(key: str, train: Train) -> None:
     value = 0.5 if key.endswith("gb") else 1
     assert not differ(train("distill"), train("distill", {key: value}))
+
+
+HEADS_PER_LAYER = {"runs.run.layers": (0, 1), "runs.run.heads_per_layer": ((0,), (0, 1))}
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "recorded"),
+    [
+        ("scratch", {}, {}),
+        ("copy", {}, {"copied_layers": "materialised"}),
+        ("copy", {"runs.run.heads": (0,)}, {"layers_of_copied_heads": "fused"}),
+        ("copy", HEADS_PER_LAYER, {"copied_layers": "materialised", "layers_of_copied_heads": "fused"}),
+        ("copy", {"runs.run.transfer": "query"}, {}),
+        ("copy", {"runs.run.average": "queries"}, {"copied_layers": "maps"}),
+        ("copy", {"attention.content": "maps"}, {"copied_layers": "maps"}),
+        (
+            "copy",
+            {"runs.run.architecture": {**tiny_study.ARCHITECTURE, "heads": 1}},
+            {"copied_layers": "maps"},
+        ),
+        ("distill", {}, {"attention_loss": "streamed"}),
+        ("distill", {"attention.content": "maps"}, {"attention_loss": "maps"}),
+        ("distill", {"runs.run.average": "heads"}, {"attention_loss": "maps"}),
+        ("distill", {"runs.run.transfer": "key"}, {}),
+    ],
+)
+def test_the_recorded_paths_are_those_that_run(
+    method: str,
+    changes: dict[str, Any],
+    recorded: dict[str, str],
+    train: Train,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    study, taken = tiny_study.make_study(method, changes), set[str]()
+    assert methods.paths(study, "run", device="cpu") == recorded
+
+    def spied(function: Callable[..., Tensor], name: Callable[[Tensor], str]) -> Callable[..., Tensor]:
+        def call(*arguments: Any, **options: Any) -> Tensor:
+            result = function(*arguments, **options)
+            if result.requires_grad:  # in a training step
+                taken.add(name(arguments[0]))
+            return result
+
+        return call
+
+    def constant(queries: Tensor) -> str:
+        return constant_map.path("cpu", *queries.shape[-2:])
+
+    for module, function, name in (
+        (attention_access, "mixed_by_constant_map", constant),
+        (Maps, "apply", lambda _: "maps"),
+        (attention_copy.CopiedHeads, "replace", lambda _: "fused"),
+        (attention_distill, "streamed_attention_cross_entropy", lambda _: "streamed"),
+        (attention_distill, "map_cross_entropy", lambda _: "maps"),
+    ):
+        monkeypatch.setattr(module, function, spied(getattr(module, function), name))
+    tiny_study.train(study)
+    assert taken == set(recorded.values())
 
 
 def test_a_teacher_with_an_attention_bias_is_refused() -> None:

@@ -150,6 +150,10 @@ class Architecture(Section):
         _divides("heads", self.heads, "width", self.width)
         return self
 
+    def tokens(self, image_size: int) -> int:
+        """Patches and class token of a square image of so many pixels a side."""
+        return (image_size // self.patch_size) ** 2 + 1
+
 
 class Decoder(Section):
     """The masked autoencoder's light decoder."""

@@ -75,12 +75,11 @@ def cached_sets(study: Study, teacher: str, *, test_images: int = TEST_IMAGES) -
 
 def cache_layout(architecture: Architecture, data: Data, attention: AttentionCache) -> cache.Layout:
     """Shape of one cached row: the attention of all layers for one view."""
-    tokens = (data.image_size // architecture.patch_size) ** 2 + 1  # patches and class token
     maps = attention.content == "maps"
     return cache.Layout(
         layers=architecture.depth,
         heads=architecture.heads,
-        tokens=tokens,
+        tokens=architecture.tokens(data.image_size),
         head_dim=None if maps else architecture.width // architecture.heads,
         dtype=attention.dtype,
         content=attention.content,

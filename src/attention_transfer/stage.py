@@ -46,6 +46,7 @@ class Stage:
         study: the whole params.yaml, checked.
         started: when the script began, imports included; seconds since 1970.
         params: the part of it that this stage's result depends on, resolved.
+        paths: which of several equal computations ran, for the record.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Stage:
     tracker: tracking.Tracker = field(default_factory=tracking.Unshown)
     params: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
+    paths: dict[str, str] = field(default_factory=dict)
 
     @property
     def record(self) -> Path:
@@ -148,6 +150,7 @@ class Stage:
                 "fingerprint": self.fingerprint,
                 "params": _nested(self.params),
                 "inputs": self.inputs,
+                "paths": self.paths,
                 **provenance.git_state(),
                 "dvc": {key: os.environ[name] for key, name in DVC.items() if os.environ.get(name)},
                 "versions": provenance.versions(),

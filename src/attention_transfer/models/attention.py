@@ -83,7 +83,7 @@ class Attention:
             raise ValueError(f"expected attention for values of {wanted}, got {given}")
         queries, keys = self.queries.to(values.dtype), self.keys.to(values.dtype)
         bias = None if self.bias is None else self.bias.to(values.dtype)
-        if _is_constant(queries, keys, bias) and values.requires_grad and values.device.type == "cpu":
+        if _is_constant(queries, keys, bias) and values.requires_grad:
             return mixed_by_constant_map(queries, keys, values, bias, self.scale)
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=self.scale)
 

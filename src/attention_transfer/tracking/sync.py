@@ -185,7 +185,7 @@ def _read_records(metrics: Path, root: Path, locks: Mapping[str, Path], study: s
             )
         details = {
             name: content[name]
-            for name in ("dvc", "versions", "machine", "peak_memory_mb")
+            for name in ("dvc", "versions", "machine", "paths", "peak_memory_mb")
             if name in content
         }
         tags = {**flatten(details), **_lock_tags(stages.get(name_of_study, {}), path.resolve())}

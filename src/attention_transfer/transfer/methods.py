@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from attention_transfer.config import Study
+from attention_transfer.config import COPIES_ATTENTION, Study
+from attention_transfer.models import constant_map
 from attention_transfer.transfer.attention_copy import AttentionCopy
 from attention_transfer.transfer.attention_distill import AttentionDistill
 from attention_transfer.transfer.distill_features import FeatureDistill
@@ -20,6 +21,27 @@ def slimmed_layers(study: Study, name: str) -> tuple[int, ...]:
         return ()
     pairs = zip(study.layers(name), study.heads(name), strict=True)
     return tuple(layer for layer, chosen in pairs if len(chosen) == heads)
+
+
+def paths(study: Study, name: str, *, device: str) -> dict[str, str]:
+    """How a run computes what it could compute in several ways: by rules of shapes and device, for its record.
+
+    `maps` is a product with maps that were given as such; else see `constant_map.path`, and for the loss
+    `losses.streamed_attention_cross_entropy`.
+    """
+    run = study.runs[name]
+    if run.method not in COPIES_ATTENTION or run.transfer != "map":
+        return {}
+    teacher, student = study.teachers[run.teacher].architecture, study.architecture(name)
+    as_maps = study.attention.content == "maps" or run.average is not None or teacher.heads > student.heads
+    if run.method == "distill":
+        return {"attention_loss": "maps" if as_maps else "streamed"}
+    tokens, head_dim = student.tokens(study.data.image_size), teacher.width // teacher.heads
+    whole = "maps" if as_maps else constant_map.path(device, tokens, head_dim)
+    found: dict[str, str] = {"copied_layers": whole} if slimmed_layers(study, name) else {}
+    if len(slimmed_layers(study, name)) < len(study.layers(name)):
+        found["layers_of_copied_heads"] = "maps" if as_maps else "fused"
+    return found
 
 
 def build(study: Study, name: str, student: nn.Module) -> Method:
