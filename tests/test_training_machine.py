@@ -83,7 +83,7 @@ def test_a_step_reuses_the_memory_of_the_step_before() -> None:
         "import resource, sys, torch\n"
         "from attention_transfer.training import machine\n"
         "if sys.argv[1] == 'prepared': machine.prepare()\n"
-        "def step(): return [torch.ones(2_000_000) for _ in range(8)]\n"
+        "def step(): return [torch.ones(10_000_000) for _ in range(3)]\n"
         "for _ in range(3): step()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(10): step()\n"
