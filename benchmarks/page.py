@@ -32,8 +32,10 @@ SECTIONS = (
         "Training step",
         "ViT-S/16 at 224 pixels, all layers, forward, backward and AdamW; float32 on a CPU (8 images), "
         "bfloat16 against bfloat16 on a GPU (128 images). 2 means twice as fast as the baseline. The limit "
-        "counts nothing but the matrix products that the method cannot do without, at the speed that the "
-        "machine reaches, in the same run, for the products of the model's linear layers.",
+        "is a step of nothing but the matrix products that the method cannot do without, at the speed that the "
+        "machine reaches for those of the model's linear layers, and the passes over tensors outside attention "
+        "(norms, GELU, residual sums, AdamW), as PyTorch's kernels take them alone, all in "
+        "the same run.",
     ),
     (
         "attention loss memory",

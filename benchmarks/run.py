@@ -15,7 +15,7 @@ import measure
 import page
 
 HERE = Path(__file__).parent
-SHARED = ("baseline", "flops", "measure", "page", "run", "steps")
+SHARED = ("baseline", "flops", "measure", "page", "passes", "run", "steps")
 """Modules that the benchmarks use; every other file here is a benchmark."""
 
 
