@@ -7,8 +7,11 @@ of another teacher, or of other images, is never mistaken for this one.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,9 +97,14 @@ def write_shard(
     stored = rows.view(layout.stored_dtype).reshape(len(rows), *layout.stored_shape)
     tensors = {"rows": stored, "xxh3": found}
     # Exactly one metadata entry: safetensors writes several in an order that differs between runs.
-    content = safetensors.numpy.save(tensors, metadata={"fingerprint": fingerprint})
+    metadata = {"fingerprint": fingerprint}
     with files.atomic(path) as temporary:
-        temporary.write_bytes(content)
+        try:
+            safetensors.numpy.save_file(tensors, temporary, metadata=metadata)
+        except safetensors.SafetensorError as error:  # what the disk says, in other words
+            told = re.search(r"os error (\d+)", str(error))
+            number = int(told[1]) if told else errno.EIO
+            raise OSError(number, os.strerror(number)) from error
     return found
 
 
