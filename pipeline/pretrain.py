@@ -3,13 +3,13 @@
 from attention_transfer.stage import Stage, run_script
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from attention_transfer import config
 from attention_transfer.assembly import Parts
+from attention_transfer.data import views
 from attention_transfer.errors import StudyError
 from attention_transfer.files import sha256, write_csv
 from attention_transfer.models import vit
@@ -63,21 +63,12 @@ def masked_autoencoder(
     this: Stage, parts: Parts, teacher: config.MaskedAutoencoder, arguments: dict[str, object]
 ) -> tuple[torch.nn.Module, list[dict[str, float]], dict[str, float]]:
     """Pre-trains on the training images without labels, validation left out."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(teacher.seed)
-        model = MaskedAutoencoder(
-            vit.create(arguments, seed=teacher.seed),
-            decoder_width=teacher.decoder.width,
-            decoder_depth=teacher.decoder.depth,
-            decoder_heads=teacher.decoder.heads,
-            mask_ratio=teacher.mask_ratio,
-        ).to(parts.device)
+    model = MaskedAutoencoder.of(teacher, arguments).to(parts.device)
     examples = parts.split("pretrain")
-    crops = SimpleNamespace(crop_scale=teacher.crop_scale, crop_ratio=(3 / 4, 4 / 3), flip=0.5, erase=0.0)
     task = PretrainingTask(
         model,
         count=len(examples),
-        render=parts.renderer(examples, crops),
+        render=parts.renderer(examples, views.PretrainingViews(teacher.crop_scale)),
         batch_size=teacher.batch_size,
         seed=teacher.seed,
         device=parts.device,

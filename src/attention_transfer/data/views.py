@@ -38,6 +38,16 @@ class ViewParams(Protocol):
 
 
 @dataclass(frozen=True)
+class PretrainingViews:
+    """Views of a masked autoencoder: nothing but crops and flips (He et al. 2022, appendix A.1)."""
+
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    erase: float = 0.0
+
+
+@dataclass(frozen=True)
 class ViewRecipe:
     """Everything that decides a view's pixels, beside the image.
 

@@ -138,7 +138,7 @@ def _measure_teacher(
     step = batch = None
     if isinstance(pretraining, MaskedAutoencoder):
         batch = _batch(pretraining.batch_size, 2 * pilot)
-        task = Subject(study, device, 2 * batch).pretraining(name, pretraining, batch_size=batch)
+        task = Subject(study, device, 2 * batch).pretraining(pretraining, batch_size=batch)
         step = step_seconds(task, pretraining, clip_norm=study.training.clip_norm, seconds=SECONDS)
     speed = TeacherSpeed(
         forward=forward / min(rows, forward_batch),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -90,17 +89,10 @@ class Subject:
             bfloat16=self.bfloat16,
         )
 
-    def pretraining(self, name: str, teacher: MaskedAutoencoderParams, *, batch_size: int) -> PretrainingTask:
+    def pretraining(self, teacher: MaskedAutoencoderParams, *, batch_size: int) -> PretrainingTask:
         """Pre-training of a teacher."""
-        crops = SimpleNamespace(crop_scale=teacher.crop_scale, crop_ratio=(3 / 4, 4 / 3), flip=0.5, erase=0.0)
-        recipe = self._view_recipe(crops)
-        model = MaskedAutoencoder(
-            vit.create(self._arguments(self.study.teachers[name].architecture, 0), seed=0),
-            decoder_width=teacher.decoder.width,
-            decoder_depth=teacher.decoder.depth,
-            decoder_heads=teacher.decoder.heads,
-            mask_ratio=teacher.mask_ratio,
-        )
+        recipe = self._view_recipe(views.PretrainingViews(teacher.crop_scale))
+        model = MaskedAutoencoder.of(teacher, self._arguments(teacher.architecture, 0))
         return PretrainingTask(
             model.to(self.device),
             count=len(self.images),

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+from attention_transfer import config
+from attention_transfer.models import vit
 
 
 class MaskedAutoencoder(nn.Module):
@@ -43,6 +48,23 @@ class MaskedAutoencoder(nn.Module):
             nn.Linear(decoder_width, channels * self.patch_size**2),
         )
         nn.init.normal_(self.mask_token, std=0.02)
+
+    @classmethod
+    def of(cls, params: config.MaskedAutoencoder, arguments: dict[str, Any]) -> MaskedAutoencoder:
+        """The one that params.yaml asks for, with weights drawn from its seed.
+
+        Args:
+            arguments: of the encoder, see `vit.model_arguments`.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(params.seed)
+            return cls(
+                vit.create(arguments, seed=params.seed),
+                decoder_width=params.decoder.width,
+                decoder_depth=params.decoder.depth,
+                decoder_heads=params.decoder.heads,
+                mask_ratio=params.mask_ratio,
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         """Mean squared error over the hidden patches, each normalised by its own mean and deviation.
