@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from attention_transfer import config
+from attention_transfer import config, params_yaml
 from attention_transfer.errors import StudyError
 
 ROOT = Path(__file__).parents[1]
@@ -623,7 +623,7 @@ def test_what_is_not_text(content: bytes, tmp_path: Path) -> None:
 
 
 def ours(text: str) -> Any:
-    return yaml.load(text, config._Loader)
+    return yaml.load(text, params_yaml.Loader)
 
 
 def ruamels(text: str) -> Any:

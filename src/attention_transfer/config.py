@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
+from attention_transfer import params_yaml
 from attention_transfer.errors import StudyError
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
@@ -613,48 +612,6 @@ def _nearest(name: str, names: Any) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(map(str, names))}"
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 as DVC reads it: 1e-3 is a number, yes and no are strings. A key given twice is an error."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} is given twice", key.start_mark
-                )
-            seen.add(key.value)
-        return node
-
-    def integer(self, node: yaml.ScalarNode) -> int:
-        """017 is 17, as in YAML 1.2; octal numbers begin with 0o."""
-        digits = str(self.construct_scalar(node)).replace("_", "")
-        return int(digits, 0 if digits.lstrip("+-")[:2] in ("0b", "0o", "0x") else 10)
-
-
-_TAG = "tag:yaml.org,2002:"
-# What the plain words of YAML 1.2 mean, and 1_000 as ruamel.yaml, DVC's reader, takes it.
-_PLAIN = {
-    "bool": ("tTfF", r"true|True|TRUE|false|False|FALSE"),
-    "int": ("-+0123456789", r"[-+]?(0b[01_]+|0o[0-7_]+|_*[0-9][0-9_]*|0x[0-9a-fA-F_]+)"),
-    "float": (
-        "-+.0123456789",
-        r"[-+]?([0-9][0-9_]*\.[0-9_]*([eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.[0-9_]+([eE][-+][0-9]+)?)"
-        r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-    ),
-}
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in pairs if tag.removeprefix(_TAG) not in _PLAIN]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _name, (_first, _pattern) in _PLAIN.items():
-    _Loader.add_implicit_resolver(_TAG + _name, re.compile(rf"^(?:{_pattern})$"), list(_first))
-_Loader.add_constructor(_TAG + "int", _Loader.integer)
-
-
 def load(path: Path | str) -> Study:
     """Reads and checks a params.yaml.
 
@@ -662,22 +619,7 @@ def load(path: Path | str) -> Study:
         StudyError: names file, key, value and remedy of everything that is wrong with it.
     """
     path = Path(path)
-    try:
-        values = _tuples(yaml.load(path.read_text(encoding="utf-8"), _Loader))
-    except FileNotFoundError as error:
-        raise StudyError(
-            "does not exist", where=str(path), remedy="give the path of a params.yaml"
-        ) from error
-    except OSError as error:
-        raise StudyError(
-            f"cannot be read: {error.strerror}", where=str(path), remedy="give the path of a params.yaml"
-        ) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise StudyError(
-            f"is not valid YAML: {' '.join(str(error).split())}", where=str(path), remedy="correct that line"
-        ) from error
-    if not isinstance(values, dict):
-        raise StudyError("holds no keys", where=str(path), remedy="start from a copy of params.yaml")
+    values = params_yaml.read(path)
     try:
         return Study.model_validate(values)
     except ValidationError as error:
@@ -685,12 +627,6 @@ def load(path: Path | str) -> Study:
         raise StudyError(
             "\n  ".join(lines), where=str(path), remedy="correct the keys named above"
         ) from error
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _explain(problem: Any) -> str:

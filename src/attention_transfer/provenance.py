@@ -24,6 +24,7 @@ NEUTRAL = frozenset(
         "errors.py",
         "files.py",
         "layout.py",
+        "params_yaml.py",
         "provenance.py",
         "stage.py",
     )
