@@ -102,6 +102,12 @@ def git_state() -> dict[str, Any]:
     return {"git_revision": git("rev-parse", "HEAD"), "git_dirty": None if changed is None else bool(changed)}
 
 
+def dvc_stage() -> dict[str, str]:
+    """What DVC tells a stage: its `stage`, and within an experiment the `exp`."""
+    told = {"stage": "DVC_STAGE", "exp": "DVC_EXP_NAME"}
+    return {key: os.environ[name] for key, name in told.items() if os.environ.get(name)}
+
+
 def versions() -> dict[str, str]:
     """Versions of what computes."""
     names = (

@@ -32,7 +32,6 @@ gc.set_threshold(500_000)
 STARTED = time.time()  # the interpreter's own start is 0.1 s back; what the kernel knows of it can be 1 s off
 
 SECONDS_BEFORE_SHOWN = 5.0  # mlflow takes 3 s to import and open, too much for work that takes seconds
-DVC = {"stage": "DVC_STAGE", "exp": "DVC_EXP_NAME"}  # what DVC tells a stage; the second within an experiment
 DONE = "done"  # in a checkpoint's folder: the stage has written all of its outputs
 
 
@@ -152,7 +151,7 @@ class Stage:
                 "inputs": self.inputs,
                 "paths": self.paths,
                 **provenance.git_state(),
-                "dvc": {key: os.environ[name] for key, name in DVC.items() if os.environ.get(name)},
+                "dvc": provenance.dvc_stage(),
                 "versions": provenance.versions(),
                 "machine": provenance.machine(),
                 "started": datetime.datetime.fromtimestamp(self.started, datetime.UTC).isoformat(

@@ -39,7 +39,7 @@ STEP_PASSES = 4
 """A training step takes about so many times the teacher's pass over the same images."""
 IMPORTS = (
     "import attention_transfer.stage, attention_transfer.assembly, attention_transfer.models.students, "
-    "attention_transfer.training.loop, attention_transfer.transfer.methods, pandas"
+    "attention_transfer.training.loop, attention_transfer.transfer.methods"
 )
 
 

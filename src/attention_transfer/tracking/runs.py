@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import threading
 import time
@@ -18,7 +17,6 @@ from attention_transfer.tracking.database import Store, address, connect, redact
 FLUSH_SECONDS = 2.0  # a call costs 20 to 200 ms, whatever it carries
 RETRY_SECONDS = 30.0  # between tries while the store fails
 CLOSE_SECONDS = 8.0  # the longest that a stage waits for the store at its end
-DVC_TAGS = {"dvc.stage": "DVC_STAGE", "dvc.exp": "DVC_EXP_NAME"}  # tag -> what DVC tells a stage
 BATCH = 1000  # MLflow's limit of metrics in one call
 
 
@@ -75,7 +73,7 @@ def start(
                 seed=seed,
                 **provenance.git_state(),
             ),
-            **{tag: os.environ[name] for tag, name in DVC_TAGS.items() if os.environ.get(name)},
+            **{f"dvc.{key}": value for key, value in provenance.dvc_stage().items()},
             **process_tags(),
             "mlflow.parentRunId": study_run(store, study),
         }
