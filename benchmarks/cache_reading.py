@@ -11,15 +11,13 @@ Warm: from the operating system's page cache, with checksums verified before, as
 first; also timed with the checksums computed, as in a row's first read. The two sides alternate batch by batch.
 
 Cold: from the disk, a pass over new rows by a new reader, checksums computed. Before each pass the files,
-which the cache has fsynced, are dropped from the page cache (posix_fadvise DONTNEED; nothing has them mapped
-then), and after it Linux must have counted at least the rows' bytes as fetched from storage for this process;
+which the cache has fsynced, are dropped from the page cache (posix_fadvise DONTNEED), and after it Linux must have counted at least the rows' bytes as fetched from storage for this process;
 otherwise the benchmark stops. What lies below, such as a virtual machine's host, may still hold them: both
 sides alternate, so it holds them for both.
 """
 
 from __future__ import annotations
 
-import gc
 import os
 import statistics
 import tempfile
@@ -74,7 +72,7 @@ class Preadv:
         return out
 
     def drop(self) -> None:
-        """Takes the files out of the page cache, as far as nothing has them mapped."""
+        """Takes the files out of the page cache."""
         for file in self.files:
             os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 
@@ -120,8 +118,6 @@ def cold(raw: Preadv, folder: Path, passes: list[list[np.ndarray]]) -> dict[str,
                     f"not a cold read: {fetched} bytes fetched from storage, of {wanted}; "
                     "name a folder on a local disk in TMPDIR"
                 )
-            del read
-            gc.collect()  # a reader that is alive has its shards mapped
     return {side: statistics.median(values) for side, values in times.items()}
 
 

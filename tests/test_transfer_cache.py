@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import safetensors.numpy
 import torch
@@ -323,6 +325,52 @@ def test_every_row_is_verified_once(cache: Path, monkeypatch: pytest.MonkeyPatch
     for _ in range(3):
         reader.read(reader.keys[:, 0], reader.keys[:, 1])
     assert hashed == [LAYOUT.row_bytes] * 47
+
+
+@pytest.mark.parametrize("layers", [None, (1,)], ids=["all layers", "one layer"])
+def test_a_shard_that_is_cut_short_while_it_is_open_is_an_error(
+    cache: Path, layers: tuple[int, ...] | None
+) -> None:
+    """A mapped file would end the process here."""
+    reader = CacheReader(cache, expect=None)
+    last = reader.keys[-1]
+    reader.read(last[:1], last[1:])  # verified
+    path = cache / "shard-00004.safetensors"
+    os.truncate(path, path.stat().st_size - LAYOUT.row_bytes)
+    with pytest.raises(StudyError, match=r"shard-00004\.safetensors.* truncated since it was opened"):
+        reader.read(last[:1], last[1:], layers)
+
+
+def test_systems_without_preadv_read_the_same(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = read_all(cache)
+    monkeypatch.delattr(os, "preadv")
+    assert torch.equal(read_all(cache), expected)
+    reader = CacheReader(cache, expect=None)
+    for _ in range(2):  # with and without checksums
+        found = reader.read(reader.keys[:, 0], reader.keys[:, 1], (1, 0))
+        assert torch.equal(found, expected[:, :, [1, 0]])
+
+
+def test_a_short_read_goes_on(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system may give less than is asked for, as when a signal comes."""
+    expected, plain = read_all(cache), os.preadv
+    monkeypatch.setattr(
+        os, "preadv", lambda descriptor, targets, offset: plain(descriptor, [targets[0][:7]], offset)
+    )
+    assert torch.equal(read_all(cache), expected)
+
+
+def test_readers_close_their_files(cache: Path) -> None:
+    def opened() -> int:
+        gc.collect()  # of those that other tests have left
+        return psutil.Process().num_fds()
+
+    before = opened()
+    reader = CacheReader(cache, expect=None)
+    reader.read(reader.keys[:, 0], reader.keys[:, 1])
+    assert opened() == before + 5
+    del reader
+    assert opened() == before
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, 1000, -1])

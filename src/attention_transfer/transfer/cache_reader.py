@@ -79,7 +79,7 @@ class CacheReader:
         return len(self.keys)
 
     def __reduce__(self) -> tuple[Callable[..., CacheReader], tuple[Path]]:
-        """A copy for another process maps the files anew instead of carrying the rows along."""
+        """A copy for another process opens the files anew."""
         return functools.partial(CacheReader, **self._arguments), (self.folder,)  # type: ignore[arg-type]
 
     def read(
@@ -128,9 +128,11 @@ class CacheReader:
             raise ValueError(f"layers {chosen}: the cache holds layers 0 to {layout.layers - 1}")
         starts = np.arange(0, layout.units, layout.layers)  # of the queries' units and of the keys'
         units = np.add.outer(starts, np.array(chosen, dtype=np.int64)).ravel()
-        whole = len(units) == layout.units and bool((units[1:] > units[:-1]).all())
+        breaks = np.flatnonzero(np.diff(units) != 1) + 1
+        runs = [(int(run[0]), len(run)) for run in np.split(units, breaks) if len(run)]
+        whole = runs == [(0, layout.units)]
         stored = torch.empty((len(rows), len(units), layout.unit_bytes), dtype=torch.uint8)
-        target = stored.numpy()
+        target, scratch = stored.numpy(), np.empty((layout.units, layout.unit_bytes), np.uint8)
         order = np.argsort(rows)
         ends = np.searchsorted(rows[order], self._starts)
         for index in np.flatnonzero(ends[1:] > ends[:-1]).tolist():
@@ -138,17 +140,21 @@ class CacheReader:
             local = rows[positions] - self._starts[index]
             shard = self._shard(index)
             verified = self._verified[self._starts[index] : self._starts[index + 1]]
-            # Row by row, each from the mapped file to its place: a gather of all would be copied once more,
-            # and a row that has just been verified is still in the processor's cache.
             for position, row in zip(positions.tolist(), local.tolist(), strict=True):
-                if not verified[row]:
-                    if not shard.intact(row):
+                place = target[position]
+                if whole or not verified[row]:  # a checksum is that of the whole row
+                    filled = place if whole else scratch
+                    shard.read(row, filled)
+                    if not verified[row] and not shard.intact(row, filled):
                         raise self._damaged(index, row)
                     verified[row] = True
-                if whole:
-                    target[position] = shard.rows[row]
-                else:
-                    np.take(shard.rows[row], units, axis=0, out=target[position], mode="clip")
+                    if not whole:
+                        np.take(scratch, units, axis=0, out=place, mode="clip")
+                    continue
+                done = 0
+                for first, count in runs:
+                    shard.read(row, place[done : done + count], first=first * layout.unit_bytes)
+                    done += count
         return unpack(stored, layout).floats().view(len(rows), *layout.of_layers(len(chosen)))
 
     def _find(self, examples: Integers, views: Integers) -> Integers:

@@ -12,8 +12,8 @@ import json
 import math
 import os
 import re
+import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,25 +32,63 @@ BIAS = "bias.safetensors"
 STAGE = "cache"  # the stage of the pipeline that writes the cache
 REMEDY = f"make it anew (intact shards are kept): {repro(STAGE, again=True)}"
 Checksums = np.ndarray[Any, np.dtype[np.uint64]]
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 _FORMAT = 1  # raised when the files' meaning changes: older files are then written anew
 _SAFETENSORS = {"float16": "F16", "float32": "F32", "int8": "U8"}  # names of the stored dtypes
 
 
-@dataclass(frozen=True)
 class Shard:
-    """An opened shard. `rows` (n, units, bytes of a unit) is memory-mapped, read-only."""
+    """An opened shard, whose rows are read where they lie, in any order and by any number of threads.
 
-    path: Path
-    rows: np.ndarray[Any, np.dtype[np.uint8]]
-    checksums: Checksums
+    Not memory-mapped: a row comes in one request of its size, which a disk serves faster than a page at a time,
+    and a file that another program cuts short is an error instead of the end of the process.
 
-    def intact(self, row: int) -> bool:
-        """Whether a row has its checksum; hashes the mapped pages without copying them."""
-        return bool(xxh3_64_intdigest(self.rows[row]) == self.checksums[row])
+    Args:
+        start: where the first row begins.
+    """
+
+    def __init__(self, path: Path, *, start: int, row_bytes: int, checksums: Checksums) -> None:
+        self.path, self.start, self.row_bytes, self.checksums = path, start, row_bytes, checksums
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self._descriptor)
+
+    def read(self, row: int, target: Bytes, *, first: int = 0) -> None:
+        """Fills a contiguous array with a row's bytes, from its byte `first` on.
+
+        Raises:
+            StudyError: the file has become shorter, or cannot be read.
+        """
+        room, offset = target.data.cast("B"), self.start + row * self.row_bytes + first
+        while room:
+            try:
+                count = _read_at(self._descriptor, room, offset)
+            except OSError as error:
+                raise _bad(self.path, f"cannot be read: {error.strerror or error}") from error
+            if not count:
+                raise _bad(self.path, "has been truncated since it was opened")
+            room, offset = room[count:], offset + count
+
+    def intact(self, row: int, content: Bytes) -> bool:
+        """Whether what was read of a row, all of it, has the row's checksum."""
+        return bool(xxh3_64_intdigest(content.data) == self.checksums[row])
 
     def damaged(self) -> list[int]:
-        """Rows that differ from their checksums."""
-        return np.flatnonzero(checksums(self.rows, count=len(self.rows)) != self.checksums).tolist()
+        """Rows that differ from their checksums; reads every byte."""
+        content = np.empty(self.row_bytes, np.uint8)
+        found = []
+        for row in range(len(self.checksums)):
+            self.read(row, content)
+            if not self.intact(row, content):
+                found.append(row)
+        return found
+
+
+def _read_at(descriptor: int, target: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [target], offset)
+    content = os.pread(descriptor, len(target), offset)  # macOS: by way of a copy
+    target[: len(content)] = content
+    return len(content)
 
 
 def shard_name(index: int) -> str:
@@ -109,7 +147,7 @@ def write_shard(
 
 
 def open_shard(path: Path, *, layout: Layout, rows: int, fingerprint: str) -> Shard:
-    """Maps a shard without reading its rows.
+    """Opens a shard without reading its rows.
 
     Raises:
         StudyError: the shard is missing, truncated, or not the one that is expected.
@@ -129,14 +167,9 @@ def open_shard(path: Path, *, layout: Layout, rows: int, fingerprint: str) -> Sh
             raise _bad(
                 path, f"{'is truncated' if size < wanted else 'is too long'}: {size} bytes, of {wanted}"
             )
-        checksum_list = np.fromfile(path, dtype="<u8", count=rows, offset=data)
-        mapped = np.memmap(
-            path,
-            dtype=np.uint8,
-            mode="r",
-            offset=data + expected["rows"]["data_offsets"][0],
-            shape=(rows, layout.units, layout.unit_bytes),
-        )
+        listed = np.fromfile(path, dtype="<u8", count=rows, offset=data)
+        rows_at = data + expected["rows"]["data_offsets"][0]
+        return Shard(path, start=rows_at, row_bytes=layout.row_bytes, checksums=listed)
     except FileNotFoundError as error:
         raise _bad(path, "is missing") from error
     except ValueError as error:  # json's and numpy's
@@ -147,7 +180,6 @@ def open_shard(path: Path, *, layout: Layout, rows: int, fingerprint: str) -> Sh
             where=str(path),
             remedy="make the file readable, or raise the limit of open files (ulimit -n)",
         ) from error
-    return Shard(path, np.asarray(mapped), checksum_list)
 
 
 def _header(layout: Layout, rows: int, fingerprint: str) -> dict[str, Any]:
