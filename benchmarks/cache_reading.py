@@ -11,9 +11,10 @@ Warm: from the operating system's page cache, with checksums verified before, as
 first; also timed with the checksums computed, as in a row's first read. The two sides alternate batch by batch.
 
 Cold: from the disk, a pass over new rows by a new reader, checksums computed. Before each pass the files,
-which the cache has fsynced, are dropped from the page cache (posix_fadvise DONTNEED), and after it Linux must have counted at least the rows' bytes as fetched from storage for this process;
-otherwise the benchmark stops. What lies below, such as a virtual machine's host, may still hold them: both
-sides alternate, so it holds them for both.
+which the cache has fsynced, are dropped from the page cache (posix_fadvise DONTNEED), and after it Linux must
+have counted at least the rows' bytes as fetched from storage for this process; otherwise the benchmark stops.
+What lies below, such as a virtual machine's host, may still hold them: both sides alternate, so it holds them
+for both.
 """
 
 from __future__ import annotations
