@@ -132,7 +132,8 @@ class CacheReader:
         runs = [(int(run[0]), len(run)) for run in np.split(units, breaks) if len(run)]
         whole = runs == [(0, layout.units)]
         stored = torch.empty((len(rows), len(units), layout.unit_bytes), dtype=torch.uint8)
-        target, scratch = stored.numpy(), np.empty((layout.units, layout.unit_bytes), np.uint8)
+        room, size = stored.numpy().reshape(-1).data, len(units) * layout.unit_bytes
+        scratch = np.empty((layout.units, layout.unit_bytes), np.uint8)
         order = np.argsort(rows)
         ends = np.searchsorted(rows[order], self._starts)
         for index in np.flatnonzero(ends[1:] > ends[:-1]).tolist():
@@ -141,20 +142,22 @@ class CacheReader:
             shard = self._shard(index)
             verified = self._verified[self._starts[index] : self._starts[index + 1]]
             for position, row in zip(positions.tolist(), local.tolist(), strict=True):
-                place = target[position]
+                place = room[position * size : (position + 1) * size]
                 if whole or not verified[row]:  # a checksum is that of the whole row
-                    filled = place if whole else scratch
+                    filled = place if whole else scratch.reshape(-1).data
                     shard.read(row, filled)
-                    if not verified[row] and not shard.intact(row, filled):
-                        raise self._damaged(index, row)
-                    verified[row] = True
+                    if not verified[row]:
+                        if not shard.intact(row, filled):
+                            raise self._damaged(index, row)
+                        verified[row] = True
                     if not whole:
-                        np.take(scratch, units, axis=0, out=place, mode="clip")
+                        stored[position] = torch.from_numpy(scratch[units])
                     continue
                 done = 0
                 for first, count in runs:
-                    shard.read(row, place[done : done + count], first=first * layout.unit_bytes)
-                    done += count
+                    end = done + count * layout.unit_bytes
+                    shard.read(row, place[done:end], first=first * layout.unit_bytes)
+                    done = end
         return unpack(stored, layout).floats().view(len(rows), *layout.of_layers(len(chosen)))
 
     def _find(self, examples: Integers, views: Integers) -> Integers:

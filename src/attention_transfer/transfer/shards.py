@@ -32,7 +32,6 @@ BIAS = "bias.safetensors"
 STAGE = "cache"  # the stage of the pipeline that writes the cache
 REMEDY = f"make it anew (intact shards are kept): {repro(STAGE, again=True)}"
 Checksums = np.ndarray[Any, np.dtype[np.uint64]]
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 _FORMAT = 1  # raised when the files' meaning changes: older files are then written anew
 _SAFETENSORS = {"float16": "F16", "float32": "F32", "int8": "U8"}  # names of the stored dtypes
 
@@ -52,29 +51,28 @@ class Shard:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._descriptor)
 
-    def read(self, row: int, target: Bytes, *, first: int = 0) -> None:
-        """Fills a contiguous array with a row's bytes, from its byte `first` on.
+    def read(self, row: int, target: memoryview, *, first: int = 0) -> None:
+        """Fills `target`, of bytes, with a row's, from its byte `first` on.
 
         Raises:
             StudyError: the file has become shorter, or cannot be read.
         """
-        room, offset = target.data.cast("B"), self.start + row * self.row_bytes + first
-        while room:
-            try:
-                count = _read_at(self._descriptor, room, offset)
-            except OSError as error:
-                raise _bad(self.path, f"cannot be read: {error.strerror or error}") from error
-            if not count:
-                raise _bad(self.path, "has been truncated since it was opened")
-            room, offset = room[count:], offset + count
+        offset = self.start + row * self.row_bytes + first
+        try:
+            while (count := _read_at(self._descriptor, target, offset)) < len(target):
+                if not count:
+                    raise _bad(self.path, "has been truncated since it was opened")
+                target, offset = target[count:], offset + count
+        except OSError as error:
+            raise _bad(self.path, f"cannot be read: {error.strerror or error}") from error
 
-    def intact(self, row: int, content: Bytes) -> bool:
+    def intact(self, row: int, content: memoryview) -> bool:
         """Whether what was read of a row, all of it, has the row's checksum."""
-        return bool(xxh3_64_intdigest(content.data) == self.checksums[row])
+        return bool(xxh3_64_intdigest(content) == self.checksums[row])
 
     def damaged(self) -> list[int]:
         """Rows that differ from their checksums; reads every byte."""
-        content = np.empty(self.row_bytes, np.uint8)
+        content = memoryview(bytearray(self.row_bytes))
         found = []
         for row in range(len(self.checksums)):
             self.read(row, content)
