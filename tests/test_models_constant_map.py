@@ -26,7 +26,7 @@ def formula(
     return (logits + (0.0 if bias is None else bias)).softmax(dim=-1) @ values
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(maps=st.integers(1, 7), queries=st.integers(1, 7), keys=st.integers(1, 7), room=st.integers(0, 400))
 def test_blocks_hold_every_row_of_every_map_once(maps: int, queries: int, keys: int, room: int) -> None:
     seen = torch.zeros(maps, queries, dtype=torch.int64)
@@ -38,7 +38,7 @@ def test_blocks_hold_every_row_of_every_map_once(maps: int, queries: int, keys: 
     assert (seen == 1).all()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 9)),

@@ -623,6 +623,7 @@ def test_a_key_that_must_not_change_the_weights_does_not(key: str, train: Train)
 HEADS_PER_LAYER = {"runs.run.layers": (0, 1), "runs.run.heads_per_layer": ((0,), (0, 1))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "changes", "recorded"),
     [
