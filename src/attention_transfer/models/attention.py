@@ -84,9 +84,8 @@ class Attention:
             raise ValueError(f"expected attention for values of {wanted}, got {given}")
         queries, keys = self.queries.to(values.dtype), self.keys.to(values.dtype)
         bias = None if self.bias is None else self.bias.to(values.dtype)
-        is_read = has_torch_function(
-            (values,)
-        )  # by an interceptor around this layer, which sees that call alone
+        # By an interceptor around this layer, which sees the fused call alone.
+        is_read = has_torch_function((values,))
         if _is_constant(queries, keys, bias) and values.requires_grad and not is_read:
             return mixed_by_constant_map(queries, keys, values, bias, self.scale)
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=self.scale)
