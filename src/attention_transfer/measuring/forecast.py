@@ -162,9 +162,8 @@ def _run(
     )
     step = _resolved(speed, source) * scale
     row = plan.teacher_layout(study, run.teacher)
-    reads = (
-        run.method in COPIES_ATTENTION and run.transfer != "value"
-    )  # for the rest the teacher runs in the step
+    # For the rest the teacher runs in the step.
+    reads = run.method in COPIES_ATTENTION and run.transfer != "value"
     size = run.batch_size * row.row_bytes * len(layers) // row.layers if reads else 0
     # A copy student needs the teacher's attention to predict: for clean images from the cache, if there is one.
     copies = run.method == "copy"

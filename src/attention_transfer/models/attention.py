@@ -136,11 +136,12 @@ def read(
         )
     modules, found = attention_modules(model), dict[int, Attention]()
     layers = tuple(layers)
+    last = max(layers, default=None) if then_stop else None
 
     def keep(layer: int) -> Handler:
         def handler(*args: Any, **kwargs: Any) -> Tensor:
             found.setdefault(layer, _own(*args, **kwargs))  # not that of a checkpoint's recomputation
-            if then_stop and layer == max(layers):
+            if layer == last:
                 raise _AllRead
             return F.scaled_dot_product_attention(*args, **kwargs)
 

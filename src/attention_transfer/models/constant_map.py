@@ -21,10 +21,8 @@ Path = Literal["materialised", "streamed", "fused"]
 def path(device: str, tokens: int, head_dim: int) -> Path:
     """How a constant map is applied: a rule of shapes and device, which the run records.
 
-    Measured on a CPU against PyTorch's fused call, forward and backward: with the map kept, 1.5 to 2 times as
-    fast up to 50 tokens and 1.3 times at 197; with blocks of it made twice, 1.1 times up to 50 tokens and 1.2
-    to 1.5 times from 197 on, in memory linear in the tokens. A map is kept where it is no larger than the
-    queries and keys that it is made of.
+    On a CPU a map is kept where it is no larger than the queries and keys that it is made of, which is the
+    fastest there; else blocks of it are made twice, in memory linear in the tokens.
     """
     if device != "cpu":
         return "fused"

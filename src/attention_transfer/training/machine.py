@@ -52,8 +52,7 @@ def prepare() -> torch.device:
 def _keep_freed_memory() -> None:
     """A step's tensors take the places of the last step's.
 
-    glibc gives large blocks back to the kernel, which hands them out again page by page, zeroed: 50,000 page
-    faults in a CPU step of ViT-S/16, 20,000 in one of the study's pre-training.
+    glibc gives large blocks back to the kernel, which hands them out again page by page, zeroed, a fault each.
     """
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc alone has it
         libc.mallopt(M_MMAP_THRESHOLD, KEPT)

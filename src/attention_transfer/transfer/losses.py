@@ -128,7 +128,8 @@ class _Streamed(torch.autograd.Function):
             db = torch.zeros_like(bias, dtype=accumulated) if bias is not None and wanted[5] else None
             total = torch.zeros((), dtype=accumulated, device=q.device)
             for at, line in blocks(q.shape[0], tokens, k.shape[1], block // accumulated.itemsize):
-                head = torch.arange(at.start, at.stop, device=q.device) % heads
+                if bias is not None or teacher_bias is not None:
+                    head = torch.arange(at.start, at.stop, device=q.device) % heads
                 target = (tq[at, line] @ tk[at].mT).to(accumulated)
                 own = (q[at, line] @ k[at].mT).to(accumulated)
                 if teacher_bias is not None:
