@@ -133,7 +133,7 @@ class CacheReader:
         whole = runs == [(0, layout.units)]
         stored = torch.empty((len(rows), len(units), layout.unit_bytes), dtype=torch.uint8)
         room, size = stored.numpy().reshape(-1).data, len(units) * layout.unit_bytes
-        scratch = np.empty((layout.units, layout.unit_bytes), np.uint8)
+        scratch = memoryview(bytearray(layout.row_bytes))
         order = np.argsort(rows)
         ends = np.searchsorted(rows[order], self._starts)
         for index in np.flatnonzero(ends[1:] > ends[:-1]).tolist():
@@ -143,16 +143,14 @@ class CacheReader:
             verified = self._verified[self._starts[index] : self._starts[index + 1]]
             for position, row in zip(positions.tolist(), local.tolist(), strict=True):
                 place = room[position * size : (position + 1) * size]
-                if whole or not verified[row]:  # a checksum is that of the whole row
-                    filled = place if whole else scratch.reshape(-1).data
+                if not verified[row]:  # a checksum is that of the whole row
+                    filled = place if whole else scratch
                     shard.read(row, filled)
-                    if not verified[row]:
-                        if not shard.intact(row, filled):
-                            raise self._damaged(index, row)
-                        verified[row] = True
-                    if not whole:
-                        stored[position] = torch.from_numpy(scratch[units])
-                    continue
+                    if not shard.intact(row, filled):
+                        raise self._damaged(index, row)
+                    verified[row] = True
+                    if whole:
+                        continue
                 done = 0
                 for first, count in runs:
                     end = done + count * layout.unit_bytes
