@@ -17,6 +17,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -188,7 +189,7 @@ def _nested(params: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-_succeeded = False
+_succeeded = threading.Event()
 
 
 @atexit.register
@@ -197,7 +198,7 @@ def _skip_teardown() -> None:
 
     The first handler to be registered is the last to run: nothing that others do at exit is left out.
     """
-    if _succeeded:
+    if _succeeded.is_set():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
@@ -239,8 +240,7 @@ def run_script(name: str, work: Callable[[Stage], None], script: str, **argument
         sys.exit(130)
     except MemoryError:
         sys.exit(f"error: {name}: out of memory\n  What to do: lower batch_size in {path}")
-    global _succeeded
-    _succeeded = True
+    _succeeded.set()
 
 
 def _known(given: dict[str, Any], study: config.Study, path: Path) -> None:
