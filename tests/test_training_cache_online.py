@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -174,17 +175,19 @@ def trained(method: str, source: str) -> Recorded:
     """The record of a whole training, of which the folder's cache is part."""
     parts = make_parts(method, source)
     recorded = Recorded(parts)
-    fit(
-        recorded.task,
-        parts.study.runs["run"],
-        seed=0,
-        clip_norm=None,
-        validate_every=7,
-        checkpoint=Checkpoint(Path("checkpoints") / f"{method}-{source}"),
-        sink=Silent(),
-        label="x",
-        where="x",
-    )
+    with recorded.task:
+        fit(
+            recorded.task,
+            parts.study.runs["run"],
+            seed=0,
+            clip_norm=None,
+            validate_every=7,
+            checkpoint=Checkpoint(Path("checkpoints") / f"{method}-{source}"),
+            sink=Silent(),
+            label="x",
+            where="x",
+        )
+    del recorded.batches[STEPS:]  # the one that was read ahead of the end
     return recorded
 
 
@@ -297,6 +300,38 @@ def test_all_methods_and_sources_see_the_same_batches(cached: tuple[str, str, st
         shown = [reference[3 * epoch + step] for step in range(3)]
         assert {view for _, view, _ in shown} == {epoch % 2}
         assert sorted(np.concatenate([rows for rows, _, _ in shown])) == list(range(24))
+
+
+@pytest.mark.parametrize("source", ["cache", "online"])
+def test_the_next_step_is_read_beside_the_present_one(
+    source: str, cached: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its views, and its attention where that is cached; a teacher that runs does so in the step."""
+    threads: dict[str, list[bool]] = {"render": [], "teacher": []}
+    here = threading.current_thread()
+
+    def watch(owner: Any, method: str, name: str) -> None:
+        original = getattr(owner, method)
+
+        def watched(*arguments: Any) -> Any:
+            threads[name].append(threading.current_thread() is here)
+            return original(*arguments)
+
+        monkeypatch.setattr(owner, method, watched)
+
+    watch(LabelledViews, "render", "render")
+    watch(CachedTeacher if source == "cache" else OnlineTeacher, "__call__", "teacher")
+    recorded, running = Recorded(make_parts("distill", source, *cached)), threading.active_count()
+    with recorded.task:
+        for step in range(3):
+            recorded.task.losses(0, step)
+    assert threading.active_count() == running
+    assert len(threads["render"]) in (3, 4)  # the fourth may have been under way
+    assert not any(threads["render"])
+    assert set(threads["teacher"]) == {source == "online"}
+    assert [rows.tolist() for rows, _, _ in recorded.batches[:3]] == [
+        recorded.task.rows(0, step).tolist() for step in range(3)
+    ]
 
 
 def test_the_order_of_examples_follows_seed_and_epoch_alone() -> None:

@@ -51,7 +51,7 @@ def fit_student(
     ).to(parts.device)
     method = methods.build(study, name, student)
     score = validation(parts, name, method)
-    task = StudentTask(
+    with StudentTask(
         method,
         images=parts.labelled,
         views=study.views.per_image,
@@ -61,18 +61,18 @@ def fit_student(
         seed=seed,
         device=parts.device,
         bfloat16=parts.bfloat16,
-    )
-    model, history = fit(
-        task,
-        run,
-        seed=seed,
-        clip_norm=study.training.clip_norm,
-        validate_every=study.training.validate_every,
-        checkpoint=Checkpoint(checkpoints),
-        sink=sink,
-        label=label,
-        where=where,
-    )
+    ) as task:
+        model, history = fit(
+            task,
+            run,
+            seed=seed,
+            clip_norm=study.training.clip_norm,
+            validate_every=study.training.validate_every,
+            checkpoint=Checkpoint(checkpoints),
+            sink=sink,
+            label=label,
+            where=where,
+        )
     return model, history, score
 
 

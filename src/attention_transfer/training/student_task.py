@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import TracebackType
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from attention_transfer.training.batches import Images, order, paired
-from attention_transfer.transfer.method import Method
-from attention_transfer.transfer.teacher_source import TeacherSource
+from attention_transfer.training.prefetch import Prefetch
+from attention_transfer.transfer.method import Given, Method
+from attention_transfer.transfer.teacher_source import CachedTeacher, TeacherSource
+
+
+class _Batch(NamedTuple):
+    """What a step reads; `given` where the teacher's attention is cached."""
+
+    rows: np.ndarray
+    images: Tensor
+    targets: Tensor
+    given: Given | None
 
 
 class StudentTask:
     """Trains a student on labelled images, one view of each an epoch.
+
+    While a step trains, a thread renders the next step's views and reads their attention from the cache. It
+    ends with the `with` block.
 
     Args:
         images: the labelled ones.
@@ -44,27 +59,53 @@ class StudentTask:
         self.batch_size, self.seed, self.device, self.bfloat16 = batch_size, seed, device, bfloat16
         self.steps_per_epoch = len(images) // batch_size
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        self._batches: Prefetch[tuple[int, int], _Batch] = Prefetch(self._read)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._batches.close()
 
     def train(self) -> None:
         self.method.train()
 
     def rows(self, epoch: int, step: int) -> np.ndarray:
         """The rows of one batch."""
-        if self._epoch[0] != epoch:
+        known = self._epoch  # of whichever thread asked last
+        if known[0] != epoch:
             rows = order(len(self.images), seed=self.seed, epoch=epoch)
             partners = self.images.partners(epoch % self.views)
-            self._epoch = (epoch, rows if partners is None else paired(rows, partners))
-        return self._epoch[1][step * self.batch_size : (step + 1) * self.batch_size]
+            known = self._epoch = (epoch, rows if partners is None else paired(rows, partners))
+        return known[1][step * self.batch_size : (step + 1) * self.batch_size]
 
     def losses(self, epoch: int, step: int) -> dict[str, Tensor]:
-        rows, view = self.rows(epoch, step), epoch % self.views
-        images, targets = self.images.render(rows, view), self.images.targets(rows, view)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            # The teacher runs in the same format as when its attention is cached.
-            given = self.teacher(images, self.images.examples[rows], view) if self.teacher else None
-            loss = self.method.loss(images, targets, given)
+        batch = self._batches.take((epoch, step))
+        self._batches.ask((epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0))
+        with self._autocast():
+            given = batch.given
+            if given is None:
+                given = self._taught(batch.images, batch.rows, epoch)
+            loss = self.method.loss(batch.images, batch.targets, given)
         losses = {"total": loss.total, "task_loss": loss.task}
         return losses if loss.transfer is None else {**losses, loss.transfer_name: loss.transfer}
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         return {"validation_accuracy": self.accuracy(model)}
+
+    def _read(self, request: tuple[int, int]) -> _Batch:
+        epoch, step = request
+        rows, view = self.rows(epoch, step), epoch % self.views
+        images, targets = self.images.render(rows, view), self.images.targets(rows, view)
+        with self._autocast():
+            given = self._taught(images, rows, epoch) if isinstance(self.teacher, CachedTeacher) else None
+        return _Batch(rows, images, targets, given)
+
+    def _taught(self, images: Tensor, rows: np.ndarray, epoch: int) -> Given | None:
+        return self.teacher(images, self.images.examples[rows], epoch % self.views) if self.teacher else None
+
+    def _autocast(self) -> torch.autocast:
+        # The teacher runs in the same format as when its attention is cached.
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
