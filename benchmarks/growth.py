@@ -105,7 +105,7 @@ def main() -> None:
     if not options.quick:
         setting = replace(setting, batch=16 if device.type == "cuda" else 2, views=16)
     sizes, depths = ((32, 48), (1, 2)) if options.quick else (SIZES, DEPTHS)
-    repeats = 1 if options.quick else 3
+    repeats = 1 if options.quick else 5
     base = setting.arguments
     by_tokens = {
         flops.tokens(size): measured(replace(setting, arguments={**base, "img_size": size}), repeats)

@@ -44,6 +44,12 @@ SECTIONS = (
         "memory allocated beyond queries and keys, and time.",
     ),
     (
+        "constant map",
+        "Applying a copied map",
+        "Forward and backward, the values alone with a gradient: the map kept, or made twice in blocks, against "
+        "PyTorch's fused attention; 2 means twice as fast. The rule in `models/constant_map.py` rests on it.",
+    ),
+    (
         "cache writing",
         "Cache writing",
         "From images to a finished cache, against the teacher's forward passes alone. The limit is the slower "

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from attention_transfer import plan
 from attention_transfer.assembly import CachedSet, Parts
 from attention_transfer.evaluation.predictions import BATCH
-from attention_transfer.files import sha256, write_json
+from attention_transfer.files import sha256, write_sealed
 from attention_transfer.training import machine
 from attention_transfer.transfer.cache import CacheWriter
 from attention_transfer.transfer.teacher_source import teacher_attention, teacher_maps
@@ -29,8 +29,8 @@ def main(this: Stage) -> None:
 
     def work() -> dict[str, Any]:
         caches = {which: write(parts, name, which) for which in sets}
-        manifest = {which: cache["fingerprint"] for which, cache in caches.items()}
-        write_json(this.layout.cache_manifest(name), manifest)
+        manifest: dict[str, Any] = {which: cache["fingerprint"] for which, cache in caches.items()}
+        write_sealed(this.layout.cache_manifest(name), manifest)
         return {f"{which}_megabytes": cache["megabytes"] for which, cache in caches.items()}
 
     this.run(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from attention_transfer import config
+from attention_transfer import config, run_record
 from attention_transfer.errors import StudyError
 from attention_transfer.files import read_json, write_text
 from attention_transfer.layout import Layout
@@ -21,11 +21,7 @@ def table(study: config.Study) -> pd.DataFrame:
     layout = Layout(study.name)
     rows = []
     for name, run in study.runs.items():
-        records = [
-            read_json(layout.record("train", name, seed) / "metrics.json", made_by=f"train@{name}-{seed}")
-            for seed in study.seeds
-        ]
-        accuracies = [record["validation_accuracy"] for record in records]
+        accuracies = [_validation_accuracy(layout, name, seed) for seed in study.seeds]
         rows.append(
             {
                 "method": run.method,
@@ -42,6 +38,13 @@ def table(study: config.Study) -> pd.DataFrame:
     best = frame.groupby("method")["validation_accuracy"].transform("idxmax")
     frame["chosen"] = frame.index == best
     return frame
+
+
+def _validation_accuracy(layout: Layout, run: str, seed: int) -> float:
+    folder, stage = layout.record("train", run, seed), f"train@{run}-{seed}"
+    run_record.read(folder, made_by=stage)
+    accuracy: float = read_json(folder / "metrics.json", made_by=stage)["validation_accuracy"]
+    return accuracy
 
 
 def main() -> None:

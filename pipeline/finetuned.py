@@ -2,12 +2,14 @@
 
 from attention_transfer.stage import Stage, run_script
 
+import contextlib
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from attention_transfer.files import fingerprint, read_json, sha256, write_json
+from attention_transfer.errors import StudyError
+from attention_transfer.files import fingerprint, read_sealed, sha256, write_json, write_sealed
 from attention_transfer.provenance import code_fingerprint
 
 if TYPE_CHECKING:
@@ -58,8 +60,8 @@ def main(this: Stage) -> None:
 def finetuned(this: Stage, name: str, made: str) -> float:
     """Fine-tunes one teacher, unless it is there and `made` is its fingerprint: its validation accuracy."""
     folder = this.layout.finetuned_teacher(name)
-    if (folder / MADE).exists():
-        found = read_json(folder / MADE, made_by="finetuned")
+    with contextlib.suppress(StudyError):  # unfinished or damaged
+        found = read_sealed(folder / MADE, made_by="finetuned")
         if found["fingerprint"] == made and found["weights"] == sha256(folder / "model.safetensors"):
             accuracy: float = found["validation_accuracy"]
             return accuracy
@@ -82,7 +84,7 @@ def finetuned(this: Stage, name: str, made: str) -> float:
     save_student(parts, name, model, folder)
     accuracy = score(model, this.study.data.validation)[0]
     weights = sha256(folder / "model.safetensors")
-    write_json(folder / MADE, {"fingerprint": made, "weights": weights, "validation_accuracy": accuracy})
+    write_sealed(folder / MADE, {"fingerprint": made, "weights": weights, "validation_accuracy": accuracy})
     return accuracy
 
 

@@ -45,6 +45,7 @@ def main(this: Stage) -> None:
                 names=np.array(list(models)),
                 **arrays,  # type: ignore[arg-type]
             )
+        this.outputs.append(path)
         return {"images": len(examples), "models": len(models)}
 
     this.run(

@@ -9,7 +9,7 @@ from attention_transfer.stage import Stage, run_script
 from typing import Any
 
 from attention_transfer import config
-from attention_transfer.files import read_json, sha256, write_json
+from attention_transfer.files import read_sealed, sha256, write_sealed
 
 
 def main(this: Stage) -> None:
@@ -27,7 +27,7 @@ def main(this: Stage) -> None:
         weights = layout.finetuned_teacher(run.logit_loss.teacher) / "model.safetensors"
         uses["finetuned_teacher"] = sha256(weights)
     if run.method in config.COPIES_ATTENTION and run.transfer != "value":  # values are never cached
-        cache = read_json(layout.cache_manifest(run.teacher), made_by=f"cache@{run.teacher}")
+        cache = read_sealed(layout.cache_manifest(run.teacher), made_by=f"cache@{run.teacher}")
         # The budget decides whether a cache may be written, not what it holds; `auto` is not what training
         # depends on, but what the stage `cache` has resolved it to.
         uses["attention"] = {
@@ -37,7 +37,7 @@ def main(this: Stage) -> None:
         uses["cache"] = cache
 
     def work() -> dict[str, Any]:
-        write_json(layout.resolved(name), uses)
+        write_sealed(layout.resolved(name), uses)
         return {}
 
     this.run(params={f"runs.{name}": uses["run"]}, inputs={}, work=work, live=False)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from attention_transfer.data import images, shifted
-from attention_transfer.files import write_json
 from attention_transfer.provenance import code_fingerprint
 
 
@@ -27,8 +26,8 @@ def main(this: Stage) -> None:
             "code": code_fingerprint(this.script),
         }
         wanted = shifted.wanted(evaluation, study.data)
-        manifest = shifted.make(layout.shifts, wanted, test, indices, recipe)
-        write_json(layout.shifts / shifted.MANIFEST, manifest)
+        shifted.make(layout.shifts, wanted, test, indices, recipe)
+        this.outputs += [path for path in [layout.shifts / shifted.CONTACT_SHEET] if path.exists()]
         return {"sets": len(wanted), "images_a_shift": len(indices)}
 
     this.run(

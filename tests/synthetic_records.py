@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from attention_transfer import run_record
 from attention_transfer.config import Study
+from attention_transfer.files import write_sealed, xxh3
 
 ACCURACY = {"scratch": 0.80, "finetune": 0.86, "copy": 0.85, "distill": 0.86}
 METHODS = ("scratch", "finetune", "copy", "distill", "linear_probe")
@@ -138,12 +140,27 @@ def write(root: Path, study: Study, numbers: Numbers | None = None) -> tuple[Pat
             accuracy=accuracy[run, seed],
             numbers=numbers,
         )
-    for stage in ("splits", "evaluate"):
-        _write_json(metrics / stage / "run.json", _record(stage, {"data": study.data.model_dump()}, numbers))
+    (metrics / "evaluate").mkdir(exist_ok=True)
     _write_scores(metrics / "evaluate", study, numbers, accuracy)
     _write_ensembles(metrics / "evaluate", study, numbers, accuracy)
     _write_images(artifacts, study)
+    for stage, outputs in {
+        "splits": [],
+        "evaluate": sorted((metrics / "evaluate").glob("*.csv")),
+        "maps": [artifacts / "maps" / "maps.npz"],
+        "shifts": [artifacts / "shifts" / "contact_sheet.npz"],
+    }.items():
+        (metrics / stage).mkdir(exist_ok=True)
+        run_record.write(metrics / stage, _record(stage, {"data": study.data.model_dump()}, numbers), outputs)
     return metrics, artifacts
+
+
+def overwrite(path: Path, table: pd.DataFrame) -> None:
+    """Another table in a stage's record, as if the stage had written it."""
+    table.to_csv(path, index=False)
+    (values := json.loads((path.parent / "run.json").read_text())).pop("digest")
+    values["outputs"][path.name] = xxh3(path)
+    write_sealed(path.parent / "run.json", values)
 
 
 def _accuracy(numbers: Numbers, run: str, position: int) -> float:
@@ -181,7 +198,6 @@ def _write_training(
 ) -> None:
     recipe = study.runs[run]
     record = _record("train", {"runs": {run: recipe.model_dump()}}, numbers) | {"run": run, "seed": seed}
-    _write_json(folder / "run.json", record)
     _write_json(
         folder / "metrics.json",
         {
@@ -207,6 +223,7 @@ def _write_training(
             "validation_accuracy": np.where(validated, accuracy * progress + 0.003 * noise[2], np.nan),
         }
     ).to_csv(folder / "curve.csv", index=False)
+    run_record.write(folder, record, [folder / "metrics.json", folder / "curve.csv"])
 
 
 def _write_scores(

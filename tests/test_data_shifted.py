@@ -12,7 +12,7 @@ import pytest
 from attention_transfer.data import shifted, shifts
 from attention_transfer.data.images import ImageSet
 from attention_transfer.errors import StudyError
-from attention_transfer.files import write_json
+from attention_transfer.files import write_sealed
 
 TEST = ImageSet(shifts.digits(16, 1)[0][:60], shifts.digits(16, 1)[1][:60])
 INDICES = shifted.subset(TEST.labels, 20, seed=0)
@@ -24,10 +24,7 @@ BOTH = {**FOG, **JPEG}
 
 
 def make(folder: Path, sets: dict[str, dict[str, Any]], **changes: Any) -> dict[str, Any]:
-    """As the stage does it."""
-    manifest = shifted.make(folder, sets, TEST, INDICES, {**RECIPE, **changes})
-    write_json(folder / shifted.MANIFEST, manifest)
-    return manifest
+    return shifted.make(folder, sets, TEST, INDICES, {**RECIPE, **changes})
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
@@ -121,20 +118,19 @@ def test_a_damaged_set_is_refused_and_made_again(damage: str, tmp_path: Path) ->
 
 
 def test_a_set_that_the_manifest_does_not_name_is_refused(tmp_path: Path) -> None:
-    make(tmp_path, BOTH)
-    make_only = shifted.make(tmp_path, BOTH, TEST, INDICES, RECIPE)
-    write_json(tmp_path / shifted.MANIFEST, {"fog-1": make_only["fog-1"]})
+    made = make(tmp_path, BOTH)
+    write_sealed(tmp_path / shifted.MANIFEST, {"fog-1": made["fog-1"]})
     with pytest.raises(StudyError, match="missing or damaged"):
         shifted.load(tmp_path, "jpeg-5")
 
 
 def test_a_damaged_manifest_is_refused_and_made_again(tmp_path: Path) -> None:
     manifest = make(tmp_path, FOG)
-    for content in ("{", "[1]", "", '{"fog-1": {}}'):
+    whole = (tmp_path / shifted.MANIFEST).read_text()
+    for content in ("{", "[1]", "", '{"fog-1": {}}', whole.replace("fog-1", "fog-2")):
         (tmp_path / shifted.MANIFEST).write_text(content)
-        if content in ("{", ""):
-            with pytest.raises(StudyError, match="is damaged"):
-                shifted.manifest(tmp_path)
+        with pytest.raises(StudyError, match="is damaged"):
+            shifted.manifest(tmp_path)
         assert make(tmp_path, FOG) == manifest
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -269,3 +270,50 @@ def test_fingerprints_do_not_depend_on_the_order_of_keys(value: dict[str, int], 
 def test_fingerprints_refuse_nan() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         files.fingerprint({"a": float("nan")})
+
+
+def test_no_flipped_bit_of_a_sealed_file_goes_unnoticed(tmp_path: Path) -> None:
+    """Each of them: the values are the same, as after a change of white space, or the file is refused."""
+    path, values = tmp_path / "a.json", {"rate": 0.25, "name": "copy", "layers": [0, 1], "none": None}
+    files.write_sealed(path, values)
+    whole, refused = path.read_bytes(), 0
+    for bit in range(8 * len(whole)):
+        content = bytearray(whole)
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        try:
+            assert files.read_sealed(path, made_by="data") == values, bit
+        except StudyError as error:
+            refused += 1
+            assert error.where == str(path)  # noqa: PT017
+            assert "--single-item data" in error.remedy  # noqa: PT017
+    assert refused > 7 * len(whole)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '"a"', '{"a": 1}', '{"digest": "0"}'])
+def test_a_file_without_a_seal_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(StudyError, match="digest"):
+        files.read_sealed(tmp_path / "a.json", made_by="data")
+
+
+@given(content=st.binary(max_size=2**12), size=st.sampled_from([0, 1, 2**20, 2**20 + 1]))
+def test_xxh3_is_that_of_the_whole_content(
+    content: bytes, size: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "content"
+    path.write_bytes(bytes(size) + content)
+    assert files.xxh3(path) == xxhash.xxh3_64_hexdigest(bytes(size) + content)
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write_of_that_file(path: Path) -> None:
+    """And nothing else: not another file's, not that of a writer that lives."""
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    living, here = os.getppid(), path.parent
+    names = [f".tmp-{killed.pid}-{path.name}", f".tmp-{killed.pid}-other.txt", f".tmp-{living}-{path.name}"]
+    for name in names:
+        (here / name).touch()
+    files.write_text(path, NEW)
+    assert path.read_text() == NEW
+    assert sorted(file.name for file in here.iterdir()) == sorted([path.name, *names[1:]])

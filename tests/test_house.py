@@ -25,6 +25,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "params_yaml": ("errors",),
     "config": ("errors", "params_yaml"),
     "provenance": ("files",),
+    "run_record": ("errors", "files"),
     # The rooms. Models and data do not know each other.
     "data": ("config", "errors", "files"),
     "data.views": (),
@@ -62,8 +63,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "evaluation": ("errors", "files"),
     "evaluation.metrics": (),
     "evaluation.statistics": (),
-    "reporting": ("config", "errors", "files", "evaluation.statistics"),
-    "tracking": ("errors", "files", "provenance"),
+    "reporting": ("config", "errors", "files", "run_record", "evaluation.statistics"),
+    "tracking": ("errors", "files", "provenance", "run_record"),
     # What puts the rooms together, for the stages.
     "plan": ("config", "errors", "layout", "transfer.cache"),
     "assembly": (
@@ -91,7 +92,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "training",
         "transfer",
     ),
-    "stage": ("config", "errors", "files", "layout", "provenance", "tracking"),
+    "stage": ("config", "errors", "files", "layout", "provenance", "run_record", "tracking"),
     # The commands beside the stages, and what they measure: on any room, but never on a stage's way.
     "measuring": (
         "assembly",

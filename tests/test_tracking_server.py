@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from attention_transfer import tracking
+from attention_transfer import run_record, tracking
 from attention_transfer.tracking import database, ui
 
 pytestmark = pytest.mark.slow
@@ -140,8 +140,8 @@ def write_record(root: Path) -> Path:
         "started": "2026-01-02T03:04:05",
         "seconds": 2.0,
     }
-    (folder / "run.json").write_text(json.dumps(content))
     (folder / "curve.csv").write_text("epoch,loss\n1,1.0\n2,0.5\n3,0.25\n")
+    run_record.write(folder, content, [folder / "curve.csv"])
     return root / "metrics"
 
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 from live_run import live_run
 
-from attention_transfer import tracking
+from attention_transfer import files, run_record, tracking
 from attention_transfer.errors import StudyError
 from attention_transfer.tracking import database
 
@@ -70,7 +70,6 @@ def record(tmp_path: Path, study: str) -> Callable[..., Path]:
             "peak_memory_mb": 512.0,
         }
         content = {key: value for key, value in (content | changes).items() if value is not None}
-        (folder / "run.json").write_text(json.dumps(content))
         if stage == "train":
             rows = [
                 f"{epoch},{epoch * 10},{1 / epoch},,0.1,{'' if epoch == 2 else epoch / 10}"
@@ -80,6 +79,7 @@ def record(tmp_path: Path, study: str) -> Callable[..., Path]:
             (folder / "curve.csv").write_text("\n".join([header, *rows, ""]))
             summary = {"validation_accuracy": 0.3, "parameters": 1000, "epochs": EPOCHS}
             (folder / "metrics.json").write_text(json.dumps(summary))
+        run_record.write(folder, content, [*folder.glob("metrics.json"), *folder.glob("curve.csv")])
         return folder
 
     return write
@@ -304,7 +304,8 @@ def test_a_dead_server_is_an_error_with_a_remedy(
 
 DAMAGES = [
     ("run.json", "{", "is damaged"),
-    ("run.json", "{}", "lacks fingerprint"),
+    ("run.json", "{}", "is damaged"),
+    ("run.json", json.dumps({files.DIGEST: files.fingerprint({})}), "lacks fingerprint"),
     ("metrics.json", "[", "is damaged"),
     ("curve.csv", "epoch,loss\n1,high\n", "is damaged"),
     ("curve.csv", "loss\n1\n", "is damaged"),

@@ -630,6 +630,11 @@ HEADS_PER_LAYER = {"runs.run.layers": (0, 1), "runs.run.heads_per_layer": ((0,),
         ("scratch", {}, {}),
         ("copy", {}, {"copied_layers": "materialised"}),
         ("copy", {"runs.run.heads": (0,)}, {"layers_of_copied_heads": "fused"}),
+        (
+            "copy",
+            {"runs.run.heads": (0,), "runs.run.architecture": {**tiny_study.ARCHITECTURE, "width": 32}},
+            {"layers_of_copied_heads": "materialised"},
+        ),
         ("copy", HEADS_PER_LAYER, {"copied_layers": "materialised", "layers_of_copied_heads": "fused"}),
         ("copy", {"runs.run.transfer": "query"}, {}),
         ("copy", {"runs.run.average": "queries"}, {"copied_layers": "maps"}),
@@ -670,11 +675,18 @@ def test_the_recorded_paths_are_those_that_run(
     for module, function, name in (
         (attention_access, "mixed_by_constant_map", constant),
         (Maps, "apply", lambda _: "maps"),
-        (attention_copy.CopiedHeads, "replace", lambda _: "fused"),
         (attention_distill, "streamed_attention_cross_entropy", lambda _: "streamed"),
         (attention_distill, "map_cross_entropy", lambda _: "maps"),
     ):
         monkeypatch.setattr(module, function, spied(getattr(module, function), name))
+    one_call = attention_copy._one_call
+
+    def spied_one_call(teacher: Attention | Maps, own: Attention) -> bool:
+        if (one := one_call(teacher, own)) and own.values.requires_grad:  # type: ignore[union-attr]
+            taken.add("fused")
+        return one
+
+    monkeypatch.setattr(attention_copy, "_one_call", spied_one_call)
     tiny_study.train(study)
     assert taken == set(recorded.values())
 

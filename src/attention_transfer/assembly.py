@@ -16,7 +16,7 @@ from torch import Tensor
 from attention_transfer.config import Architecture, Study
 from attention_transfer.data import images, mixing, shifted, splits, views
 from attention_transfer.data.labelled import LabelledViews
-from attention_transfer.files import read_json, sha256
+from attention_transfer.files import read_sealed, sha256
 from attention_transfer.layout import Layout
 from attention_transfer.models import vit
 
@@ -153,6 +153,6 @@ class Parts:
         """How students get at this teacher's attention: `auto` is as the stage `cache` has resolved it."""
         source = self.study.attention.source
         if source == "auto":
-            manifest = read_json(self.layout.cache_manifest(teacher), made_by=f"cache@{teacher}")
+            manifest = read_sealed(self.layout.cache_manifest(teacher), made_by=f"cache@{teacher}")
             return "cache" if manifest else "online"
         return source

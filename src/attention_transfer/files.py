@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import glob
 import hashlib
 import io
 import json
@@ -12,8 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from attention_transfer.errors import StudyError, repro
 
+DIGEST = "digest"  # key of a sealed JSON file
 TEMPORARY = ".tmp-"  # prefix of unfinished files; nothing reads a file of this name
 
 
@@ -22,11 +26,12 @@ def atomic(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside `path`, which takes its place only when the block has succeeded.
 
     The content is fsynced before the rename and the folder after it, so that after a crash the
-    file is the old one or the new one, whole.
+    file is the old one or the new one, whole. What a killed process left of this file is removed.
     """
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
@@ -47,6 +52,15 @@ def atomic(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def _remove_leftovers(path: Path) -> None:
+    for left in path.parent.glob(f"{TEMPORARY}*-{glob.escape(path.name)}"):
+        import psutil  # there is seldom need of it
+
+        process = left.name.removeprefix(TEMPORARY).partition("-")[0]
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            left.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes `text` atomically as UTF-8."""
     with atomic(path) as temporary:
@@ -56,6 +70,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` atomically as JSON that reads well in a diff. NaN is refused."""
     write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
+    """`write_json` with a digest of the values, by which `read_sealed` knows that none has changed."""
+    write_json(path, {**values, DIGEST: fingerprint(values)})
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, float]]) -> None:
@@ -84,6 +103,31 @@ def read_json(path: Path, *, made_by: str) -> Any:
             where=str(path),
             remedy=f"make it anew: {repro(made_by, again=True)}",
         ) from error
+
+
+def read_sealed(path: Path, *, made_by: str) -> dict[str, Any]:
+    """The values that `write_sealed` wrote.
+
+    Raises:
+        StudyError: the file is missing or damaged, or a value has been changed.
+    """
+    values = read_json(path, made_by=made_by)
+    if not isinstance(values, dict) or values.pop(DIGEST, None) != fingerprint(values):
+        raise StudyError(
+            "is damaged: its digest is not that of its values",
+            where=str(path),
+            remedy=f"make it anew: {repro(made_by, again=True)}",
+        )
+    return values
+
+
+def xxh3(path: Path) -> str:
+    """64-bit xxh3 of a file's bytes, in hexadecimal: against damage, not against malice."""
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sha256(path: Path) -> str:

@@ -26,6 +26,7 @@ NEUTRAL = frozenset(
         "layout.py",
         "params_yaml.py",
         "provenance.py",
+        "run_record.py",
         "stage.py",
     )
 )

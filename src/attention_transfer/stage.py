@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attention_transfer import config, provenance, tracking
+from attention_transfer import config, provenance, run_record, tracking
 from attention_transfer.errors import StudyError
 from attention_transfer.files import fingerprint, write_json, write_text
 from attention_transfer.layout import Layout
@@ -48,6 +48,7 @@ class Stage:
         started: when the script began, imports included; seconds since 1970.
         params: the part of it that this stage's result depends on, resolved.
         paths: which of several equal computations ran, for the record.
+        outputs: files outside the record's folder for which run.json vouches.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Stage:
     params: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
+    outputs: list[Path] = field(default_factory=list)
 
     @property
     def record(self) -> Path:
@@ -141,9 +143,10 @@ class Stage:
         )
 
     def write_run(self) -> None:
-        """run.json: how this result came about. Only the report and `sync` read it."""
-        write_json(
-            self.record / "run.json",
+        """run.json: how this result came about. Only the report, `sync` and `choose` read it."""
+        beside = (path for path in self.record.iterdir() if path.suffix in (".json", ".csv"))
+        run_record.write(
+            self.record,
             {
                 "stage": self.name,
                 "study": self.study.name,
@@ -162,6 +165,7 @@ class Stage:
                 "seconds": round(time.time() - self.started, 2),
                 "peak_memory_mb": provenance.peak_memory_mb(),
             },
+            [*sorted(path for path in beside if path.name != run_record.RUN), *self.outputs],
         )
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
 from attention_transfer.errors import StudyError, repro
-from attention_transfer.files import atomic, fingerprint, read_json, write_json
+from attention_transfer.files import atomic, fingerprint, read_sealed, write_sealed
 
 DESCRIPTION = "dataset.json"
 
@@ -38,7 +38,6 @@ class Description:
         classes: names, in order of their labels.
         mean, std: of the training images, per channel, pixels scaled to 0..1.
         checksums: xxh3 of each array's bytes, by file name.
-        digest: hash of all of this, as saved.
     """
 
     source: str
@@ -46,16 +45,11 @@ class Description:
     mean: list[float]
     std: list[float]
     checksums: dict[str, str]
-    digest: str = ""
 
     @property
     def fingerprint(self) -> str:
         """Of the arrays: names do not count, and mean and std follow from them."""
         return fingerprint(self.checksums)
-
-    def hashed(self) -> str:
-        """What `digest` must be."""
-        return fingerprint({key: value for key, value in self.__dict__.items() if key != "digest"})
 
 
 def save(folder: Path, source: str, classes: list[str], splits: dict[str, ImageSet]) -> Description:
@@ -84,8 +78,7 @@ def save(folder: Path, source: str, classes: list[str], splits: dict[str, ImageS
         std=[round(float(value), 6) for value in sample.std(axis=(0, 2, 3))],
         checksums=checksums,
     )
-    description = replace(description, digest=description.hashed())
-    write_json(folder / DESCRIPTION, description.__dict__)
+    write_sealed(folder / DESCRIPTION, vars(description))
     return description
 
 
@@ -95,15 +88,7 @@ def describe(folder: Path) -> Description:
     Raises:
         StudyError: it is missing or damaged.
     """
-    path = folder / DESCRIPTION
-    remedy = f"make it anew: {repro('data', again=True)}"
-    try:
-        description = Description(**read_json(path, made_by="data"))
-    except TypeError as error:
-        raise StudyError(f"is damaged: {error}", where=str(path), remedy=remedy) from error
-    if description.digest != description.hashed():
-        raise StudyError("is damaged: its digest is not that of its values", where=str(path), remedy=remedy)
-    return description
+    return Description(**read_sealed(folder / DESCRIPTION, made_by="data"))
 
 
 def load(folder: Path, split: str) -> ImageSet:

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from attention_transfer.config import Data, Evaluation
 from attention_transfer.data.images import ImageSet
 from attention_transfer.errors import StudyError, repro
-from attention_transfer.files import atomic, fingerprint, read_json
+from attention_transfer.files import atomic, fingerprint, read_sealed, write_sealed, xxh3
 
 MANIFEST = "manifest.json"
 CONTACT_SHEET = "contact_sheet.npz"
@@ -57,7 +56,7 @@ def make(
     """Writes every set that is not there yet, removes those that are no longer wanted.
 
     Returns:
-        The manifest: by set name its fingerprint and the checksum of its images.
+        The manifest, which it writes last: by set name its fingerprint and the checksum of its images.
     """
     folder.mkdir(parents=True, exist_ok=True)
     before = _manifest(folder)
@@ -72,6 +71,7 @@ def make(
             entry = {"fingerprint": made_from, "checksum": _checksum(folder, set_name)}
         manifest[set_name] = entry
     _contact_sheet(folder, sets, test, indices, recipe["seed"])
+    write_sealed(folder / MANIFEST, manifest)
     keep = {f"{set_name}.npz" for set_name in sets} | {MANIFEST, CONTACT_SHEET}
     for path in folder.iterdir():
         if path.name not in keep:
@@ -108,7 +108,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     """The last manifest; empty if there is none that can be read, and then every set is made."""
     try:
         return dict(manifest(folder))
-    except (StudyError, TypeError, ValueError):
+    except StudyError:
         return {}
 
 
@@ -118,7 +118,7 @@ def manifest(folder: Path) -> dict[str, Any]:
     Raises:
         StudyError: it is missing or damaged.
     """
-    return read_json(folder / MANIFEST, made_by="shifts")
+    return read_sealed(folder / MANIFEST, made_by="shifts")
 
 
 def load(folder: Path, set_name: str) -> tuple[ImageSet, np.ndarray]:
@@ -143,4 +143,4 @@ def _whole(folder: Path, set_name: str, entry: dict[str, str]) -> bool:
 
 
 def _checksum(folder: Path, set_name: str) -> str:
-    return xxhash.xxh3_64_hexdigest((folder / f"{set_name}.npz").read_bytes())
+    return xxh3(folder / f"{set_name}.npz")

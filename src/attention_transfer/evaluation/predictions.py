@@ -55,7 +55,7 @@ def save(path: Path, predictions: Predictions, fingerprint: str) -> None:
     """Writes logits, labels and example numbers, with a checksum and the fingerprint of what made them."""
     tensors = vars(predictions)
     # One entry, because safetensors writes several in an order that changes: equal predictions, equal bytes.
-    record = {"fingerprint": fingerprint, "checksum": _checksum(tensors)}
+    record = {"fingerprint": fingerprint, "checksum": _checksum(tensors, fingerprint)}
     metadata = {RECORD: json.dumps(record, sort_keys=True)}
     with atomic(path) as temporary:
         save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
@@ -69,14 +69,15 @@ def load(path: Path, *, made_by: str) -> Predictions:
     """
     try:
         tensors = load_file(path)
-        checksum = _metadata(path)["checksum"]
+        record = _metadata(path)
+        whole = _checksum(tensors, record["fingerprint"]) == record["checksum"]
     except FileNotFoundError as error:
         raise StudyError(
             "does not exist", where=str(path), remedy=f"run the stage that writes it: {repro(made_by)}"
         ) from error
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise _damaged(path, str(error), made_by) from error
-    if _checksum(tensors) != checksum:
+    if not whole:
         raise _damaged(path, "its checksum is not the recorded one", made_by)
     return Predictions(**tensors)
 
@@ -94,8 +95,9 @@ def _metadata(path: Path) -> dict[str, str]:
         return json.loads((file.metadata() or {})[RECORD])
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    digest = xxhash.xxh3_64(
+def _checksum(tensors: dict[str, Tensor], fingerprint: str) -> str:
+    digest = xxhash.xxh3_64(fingerprint.encode())
+    digest.update(
         json.dumps(
             {name: [str(tensors[name].dtype), list(tensors[name].shape)] for name in sorted(tensors)}
         ).encode()

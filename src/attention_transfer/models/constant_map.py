@@ -21,12 +21,13 @@ Path = Literal["materialised", "streamed", "fused"]
 def path(device: str, tokens: int, head_dim: int) -> Path:
     """How a constant map is applied: a rule of shapes and device, which the run records.
 
-    On a CPU a map is kept where it is no larger than the queries and keys that it is made of, which is the
-    fastest there; else blocks of it are made twice, in memory linear in the tokens.
+    On a CPU a map is kept, which is the fastest there (benchmarks/constant_map.py), where it is no larger than
+    its layer's queries, keys, values and result together; else blocks of it are made twice, in memory linear in
+    the tokens.
     """
     if device != "cpu":
         return "fused"
-    return "materialised" if tokens <= 2 * head_dim else "streamed"
+    return "materialised" if tokens <= 4 * head_dim else "streamed"
 
 
 def mixed_by_constant_map(

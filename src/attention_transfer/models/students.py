@@ -7,8 +7,6 @@ from typing import Any
 
 from timm.models import VisionTransformer
 
-from attention_transfer.errors import repro
-from attention_transfer.files import read_json, write_json
 from attention_transfer.models import vit
 from attention_transfer.models.attention import slim
 
@@ -44,17 +42,11 @@ def save(
     folder: Path, student: VisionTransformer, arguments: dict[str, Any], copied_layers: tuple[int, ...]
 ) -> None:
     """As vit.save; a student that copies no layer is an ordinary timm model."""
-    vit.save(folder, student, arguments)
-    if copied_layers:
-        config = read_json(folder / vit.CONFIG, made_by="train")
-        write_json(folder / vit.CONFIG, {**config, COPIED: list(copied_layers)})
+    vit.save(folder, student, arguments, {COPIED: list(copied_layers)} if copied_layers else {})
 
 
 def load(folder: Path, *, made_by: str) -> VisionTransformer:
     """The student that `save` wrote, in eval mode."""
-    config = read_json(folder / vit.CONFIG, made_by=made_by)
-    student = VisionTransformer(**vit.read_arguments(folder, made_by=made_by))
-    slim(student, config.get(COPIED, ()))
-    remedy = f"make it anew: {repro(made_by, again=True)}"
-    vit.insert(student, vit.load_weights(folder / vit.WEIGHTS, made_by=remedy), where=folder / vit.WEIGHTS)
-    return student.eval()
+    return vit.load(
+        folder, made_by=made_by, change=lambda student, config: slim(student, config.get(COPIED, ()))
+    )

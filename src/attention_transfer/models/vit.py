@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from timm.models import VisionTransformer
 
 from attention_transfer.config import Architecture
 from attention_transfer.errors import StudyError, repro
-from attention_transfer.files import atomic, read_json, write_json
+from attention_transfer.files import atomic, read_sealed, write_sealed, xxh3
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+CHECKSUM = "weights_xxh3"  # key of config.json
 
 
 def model_arguments(
@@ -43,17 +45,22 @@ def create(arguments: dict[str, Any], *, seed: int, drop_path: float = 0.0) -> V
         return VisionTransformer(**arguments, drop_path_rate=drop_path)
 
 
-def save(folder: Path, model: torch.nn.Module, arguments: dict[str, Any]) -> None:
-    """Writes weights as safetensors, then what timm needs to build the model.
+def save(
+    folder: Path, model: torch.nn.Module, arguments: dict[str, Any], more: Mapping[str, Any] | None = None
+) -> None:
+    """Writes weights as safetensors, then what timm needs to build the model, and their checksum.
 
     Load them with `timm.create_model("vit_tiny_patch16_224", checkpoint_path=..., num_classes=...,
     **model_args)`, with both from config.json, or `timm.create_model("local-dir:<folder>", pretrained=True)`.
+
+    Args:
+        more: further entries of config.json, which timm leaves alone.
     """
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     with atomic(folder / WEIGHTS) as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
     model_args = {key: value for key, value in arguments.items() if key != "num_classes"}
-    write_json(
+    write_sealed(
         folder / CONFIG,
         {
             "architecture": "vit_tiny_patch16_224",  # any plain ViT entry: model_args say the rest
@@ -65,6 +72,8 @@ def save(folder: Path, model: torch.nn.Module, arguments: dict[str, Any]) -> Non
                 "first_conv": "patch_embed.proj",
                 "classifier": "head",
             },
+            CHECKSUM: xxh3(folder / WEIGHTS),
+            **(more or {}),
         },
     )
 
@@ -88,17 +97,28 @@ def load_weights(path: Path, *, made_by: str) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def read_arguments(folder: Path, *, made_by: str) -> dict[str, Any]:
-    """The arguments of timm's VisionTransformer for the model in `folder`."""
-    config = read_json(folder / CONFIG, made_by=made_by)
-    return {**config["model_args"], "num_classes": config["num_classes"]}
+def load(
+    folder: Path, *, made_by: str, change: Callable[[VisionTransformer, dict[str, Any]], None] | None = None
+) -> VisionTransformer:
+    """The model that `save` wrote, in eval mode.
 
+    Args:
+        change: gives the new model, by config.json, the form in which it was saved.
 
-def load(folder: Path, *, made_by: str) -> VisionTransformer:
-    """The model that `save` wrote, in eval mode."""
-    model = VisionTransformer(**read_arguments(folder, made_by=made_by))
-    weights = load_weights(folder / WEIGHTS, made_by=f"make it anew: {repro(made_by, again=True)}")
-    insert(model, weights, where=folder / WEIGHTS)
+    Raises:
+        StudyError: one of its files is missing or damaged, or not of the other.
+    """
+    path, remedy = folder / WEIGHTS, f"make it anew: {repro(made_by, again=True)}"
+    config = read_sealed(folder / CONFIG, made_by=made_by)
+    weights = load_weights(path, made_by=remedy)
+    if xxh3(path) != config[CHECKSUM]:
+        raise StudyError(
+            f"is damaged: its checksum is not the one in {CONFIG}", where=str(path), remedy=remedy
+        )
+    model = VisionTransformer(**config["model_args"], num_classes=config["num_classes"])
+    if change is not None:
+        change(model, config)
+    insert(model, weights, where=path)
     return model.eval()
 
 

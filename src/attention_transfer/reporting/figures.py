@@ -129,7 +129,7 @@ def build(records: Records, report: Report, artifacts: Path) -> list[Drawing]:
                 drawings.append(_ensemble_matrix(records))
         if "shifts" in records.study.evaluation.sets:
             drawings.append(_shift_severity(records))
-            drawings.append(_contact_sheet(artifacts / "shifts" / "contact_sheet.npz"))
+            drawings.append(_contact_sheet(records, artifacts / "shifts" / "contact_sheet.npz"))
         drawings.append(_attention_maps(records, report, artifacts / "maps" / "maps.npz"))
     return drawings
 
@@ -373,14 +373,11 @@ def _shift_severity(records: Records) -> Drawing:
     return Drawing("shift_severity", caption, figure)
 
 
-def _images(path: Path, stage: str, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
+def _images(records: Records, path: Path, stage: str, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
+    records.require_whole(path, stage)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = dict(archive)
-    except FileNotFoundError as error:
-        raise StudyError(
-            "does not exist", where=str(path), remedy=f"run the stage that writes it: {repro(stage)}"
-        ) from error
     except (ValueError, OSError, EOFError, BadZipFile) as error:
         raise StudyError(
             f"is damaged: {error}",
@@ -423,8 +420,8 @@ def _centres(count: int, side: int, gap: int) -> np.ndarray:
     return np.arange(count) * (side + gap) + (side - 1) / 2
 
 
-def _contact_sheet(path: Path) -> Drawing:
-    arrays = _images(path, "shifts", ("sheet", "names", "severities"))
+def _contact_sheet(records: Records, path: Path) -> Drawing:
+    arrays = _images(records, path, "shifts", ("sheet", "names", "severities"))
     sheet, names, severities = arrays["sheet"], arrays["names"], arrays["severities"]
     rows, columns, _, height, width = sheet.shape
     gap = max(1, height // 14)
@@ -442,7 +439,7 @@ def _contact_sheet(path: Path) -> Drawing:
 
 
 def _attention_maps(records: Records, report: Report, path: Path) -> Drawing:
-    arrays = _images(path, "maps", ("images", "labels", "layers", "names"))
+    arrays = _images(records, path, "maps", ("images", "labels", "layers", "names"))
     known = {"teacher", *records.study.runs}
     names = [str(name) for name in arrays["names"] if str(name) in known]
     images = _rgb(arrays["images"][: report.attention_images])

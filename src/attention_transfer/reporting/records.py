@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from attention_transfer import run_record
 from attention_transfer.config import SHIFTS, Study
 from attention_transfer.errors import StudyError, repro
 from attention_transfer.files import read_json
@@ -56,6 +57,11 @@ class Records:
     """One row per stage instance: stage, seconds, peak_memory_mb."""
     provenance: list[dict[str, Any]]
     """run.json of every stage instance."""
+
+    def require_whole(self, path: Path, stage: str) -> None:
+        """StudyError unless a file outside the records is the one that a stage wrote."""
+        recorded = next((run for run in self.provenance if run["stage"] == stage), {})
+        run_record.require_whole(path, recorded, made_by=stage)
 
     def values(self, measure: str, run: str, image_set: str = "test") -> np.ndarray:
         """One value per seed, in the study's order of seeds; shape (seeds,)."""
@@ -117,16 +123,17 @@ def load(study: Study, metrics: Path) -> Records:
         comparisons=_comparisons(study, evaluate / "comparisons.csv"),
         recipes={run: runs[run, study.seeds[0]][1]["params"] for run in study.runs},
         stages=pd.DataFrame(
-            [{key: record[key] for key in ("stage", "seconds", "peak_memory_mb")} for record in provenance]
+            [{key: run[key] for key in ("stage", "seconds", "peak_memory_mb")} for run in provenance]
         ),
         provenance=provenance,
     )
 
 
 def _train(folder: Path, stage: str) -> tuple[dict[str, Any], dict[str, Any], pd.DataFrame]:
+    run = _run(folder, stage)
     return (
         read_json(folder / "metrics.json", made_by=stage),
-        _keys(folder / "run.json", read_json(folder / "run.json", made_by=stage), stage),
+        run,
         _table(folder / "curve.csv", stage, _CURVE, _SOME_CURVES),
     )
 
@@ -149,15 +156,16 @@ def _stage_records(study: Study, metrics: Path) -> list[dict[str, Any]]:
         folder for folder in metrics.iterdir() if folder.is_dir() and folder.name != "report"
     ):
         for instance in instances:
-            path = stage.joinpath(*instance, "run.json")
-            if path.exists():
+            place = stage.joinpath(*instance)
+            if (place / run_record.RUN).exists():
                 name = "-".join(instance)
-                made_by = f"{stage.name}@{name}" if name else stage.name
-                found.append(_keys(path, read_json(path, made_by=made_by), made_by))
+                found.append(_run(place, f"{stage.name}@{name}" if name else stage.name))
     return found
 
 
-def _keys(path: Path, record: dict[str, Any], stage: str) -> dict[str, Any]:
+def _run(folder: Path, stage: str) -> dict[str, Any]:
+    """run.json, with whole files beside it, and nothing lacking."""
+    run = run_record.read(folder, made_by=stage)
     needed = (
         "stage",
         "params",
@@ -168,9 +176,9 @@ def _keys(path: Path, record: dict[str, Any], stage: str) -> dict[str, Any]:
         "seconds",
         "peak_memory_mb",
     )
-    if missing := [key for key in needed if key not in record]:
-        raise _damaged(path, stage, f"lacks {', '.join(missing)}")
-    return record
+    if missing := [key for key in needed if key not in run]:
+        raise _damaged(folder / run_record.RUN, stage, f"lacks {', '.join(missing)}")
+    return run
 
 
 def _table(path: Path, stage: str, columns: list[str], optional: tuple[str, ...] = ()) -> pd.DataFrame:

@@ -14,7 +14,7 @@ import psutil
 import yaml
 from filelock import FileLock
 
-from attention_transfer import files
+from attention_transfer import files, run_record
 from attention_transfer.errors import StudyError, repro
 from attention_transfer.tracking.contents import (
     flatten,
@@ -175,7 +175,7 @@ def _read_records(metrics: Path, root: Path, locks: Mapping[str, Path], study: s
     records = []
     for path in sorted(metrics.glob(f"{study}/**/run.json")):
         name_of_study, *place = path.parent.relative_to(metrics).parts
-        content = files.read_json(path, made_by=place[0] if place else "")
+        content = run_record.read(path.parent, made_by=place[0] if place else "")
         required = {"stage", "fingerprint", "params", "git_revision", "git_dirty", "started", "seconds"}
         if missing := sorted(required - content.keys()):
             raise StudyError(
@@ -183,7 +183,7 @@ def _read_records(metrics: Path, root: Path, locks: Mapping[str, Path], study: s
                 where=str(path),
                 remedy=f"make it anew: {repro('@'.join(place[:1]), again=True)}",
             )
-        details = {
+        details: dict[str, Any] = {
             name: content[name]
             for name in ("dvc", "versions", "machine", "paths", "peak_memory_mb")
             if name in content

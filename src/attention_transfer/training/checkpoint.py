@@ -17,7 +17,7 @@ _DIGEST_BYTES = 8
 
 
 class Checkpoint:
-    """One file, replaced atomically, that begins with a checksum of the rest.
+    """One file, replaced atomically, that begins with a checksum of the folder's name and of the rest.
 
     Args:
         folder: of this stage and fingerprint alone; whatever has changed has another folder.
@@ -33,27 +33,32 @@ class Checkpoint:
         torch.save(state, buffer)
         payload = buffer.getvalue()
         with atomic(self.path) as temporary, temporary.open("wb") as file:
-            file.write(xxhash.xxh3_64_digest(payload))
+            file.write(self._digest(payload))
             file.write(payload)
 
     def load(self) -> dict[str, Any] | None:
         """The saved state; None if there is none.
 
         Raises:
-            StudyError: the file is damaged.
+            StudyError: the file is damaged, or that of another computation.
         """
         try:
             content = self.path.read_bytes()
         except FileNotFoundError:
             return None
         digest, payload = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-        if xxhash.xxh3_64_digest(payload) != digest:
+        if self._digest(payload) != digest:
             raise StudyError(
                 "is damaged: its checksum is not the recorded one",
                 where=str(self.path),
                 remedy="delete this file: the stage then starts from its beginning",
             )
         return torch.load(io.BytesIO(payload), weights_only=True, map_location="cpu")
+
+    def _digest(self, payload: bytes) -> bytes:
+        digest = xxhash.xxh3_64(self.folder.name.encode())
+        digest.update(payload)
+        return digest.digest()
 
     def remove(self) -> None:
         """Once the stage's outputs are written, the checkpoint has done its work."""

@@ -40,7 +40,8 @@ def paths(study: Study, name: str, *, device: str) -> dict[str, str]:
     whole = "maps" if as_maps else constant_map.path(device, tokens, head_dim)
     found: dict[str, str] = {"copied_layers": whole} if slimmed_layers(study, name) else {}
     if len(slimmed_layers(study, name)) < len(study.layers(name)):
-        found["layers_of_copied_heads"] = "maps" if as_maps else "fused"
+        one_call = head_dim == student.width // student.heads  # see CopiedHeads
+        found["layers_of_copied_heads"] = "fused" if one_call and not as_maps else whole
     return found
 
 

@@ -1,0 +1,326 @@
+"""Kills the smoke study again and again until it is through, and compares it with one that nobody disturbed.
+
+    python faults/kill.py FOLDER [--kills 100] [--seed 0] [--stages train,cache]
+
+Two clones of this repository's last commit are made in FOLDER. In one the study runs undisturbed; in the other a
+signal ends it, at a random moment of a stage or inside of a write, and it is started again, until every family of
+stages has had its share of the kills. Then weights, predictions, cache and metrics of the two must be equal to
+the bit, and nothing may be left behind: no process, no lock, no temporary file, no run that MLflow takes for alive.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).parents[1]
+GRAPH = "studies/smoke/dvc.yaml"
+FAMILIES = (
+    *("data", "split", "pretrain", "finetuned", "cache", "resolve"),
+    *("train", "shifts", "predict", "maps", "evaluate", "report"),
+)
+MARK = "ATTENTION_TRANSFER_FAULTS"  # in the environment of every process of one start
+PATIENCE = 60.0  # seconds that a killed run may take to end
+TEMPORARY = (".ckpt", "runs", "metrics", "reports")
+TARGETS = ("dvc", "stage", "group")
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One kill: in which stage, when (`moment`, inside a `write`, at the `lock` file), what, and how."""
+
+    stage: str
+    when: str
+    target: str
+    signal: str
+    seconds: float
+
+
+class Study:
+    """A clone in which the smoke study runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not folder.exists():
+            subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
+
+    def environment(self, mark: str) -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": str(self.folder / "src"), MARK: mark}
+
+    def start(self) -> Run:
+        return Run(self)
+
+    def temporaries(self) -> set[Path]:
+        """Unfinished files."""
+        return {path for root in TEMPORARY for path in (self.folder / root).rglob(".tmp-*")}
+
+
+class Run:
+    """One `dvc repro` in a session of its own."""
+
+    def __init__(self, study: Study) -> None:
+        self.study, self.mark = study, uuid.uuid4().hex
+        self.output: list[str] = []
+        self.stage, self.since = "", time.monotonic()  # the stage that runs, and since when
+        self.locking = threading.Event()  # set while DVC writes its lock file
+        self.changed = threading.Condition()
+        self.process = subprocess.Popen(
+            ["dvc", "repro", GRAPH],
+            cwd=study.folder,
+            env=study.environment(self.mark),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output.append(line)
+            with self.changed:
+                if found := re.search(r"Running stage '[^:]*:([^']*)'", line):
+                    self.stage, self.since = found[1], time.monotonic()
+                    self.locking.clear()
+                elif line.startswith("Updating lock file"):
+                    self.locking.set()
+                self.changed.notify_all()
+        with self.changed:
+            self.changed.notify_all()
+
+    def stages(self) -> Iterator[str]:
+        """Each stage as it begins, until the run ends."""
+        seen = ""
+        while self.reader.is_alive() or self.stage != seen:
+            with self.changed:
+                if self.stage == seen:
+                    self.changed.wait(timeout=0.5)
+                now = self.stage
+            if now != seen:
+                yield (seen := now)
+
+    def processes(self) -> list[psutil.Process]:
+        """Every living process of this start, whatever its parent now is."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == self.mark:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def strike(self, target: str, number: signal.Signals) -> bool:
+        """Sends the signal; False if what it was for had ended by itself."""
+        try:
+            match target:
+                case "dvc":
+                    os.kill(self.process.pid, number)
+                case "group":
+                    os.killpg(self.process.pid, number)
+                case "stage":
+                    children = psutil.Process(self.process.pid).children(recursive=True)
+                    scripts = [child for child in children if "pipeline/" in " ".join(child.cmdline())]
+                    if not scripts:
+                        return False
+                    scripts[-1].send_signal(number)
+        except (ProcessLookupError, psutil.Error):
+            return False
+        return True
+
+    def end(self) -> int:
+        """Waits for the end of all of it: DVC's exit code.
+
+        Raises:
+            AssertionError: a process is left over.
+        """
+        code = self.process.wait(PATIENCE)
+        self.reader.join(PATIENCE)
+        until = time.monotonic() + PATIENCE
+        while left := self.processes():
+            assert time.monotonic() < until, f"left over: {[process.cmdline() for process in left]}"
+            time.sleep(0.05)
+        return code
+
+
+def undisturbed(study: Study) -> dict[str, float]:
+    """Runs the study through: seconds of a stage, by family."""
+    print("undisturbed run", flush=True)
+    run, began = study.start(), {}
+    for stage in run.stages():
+        began[stage] = time.monotonic()
+    assert run.end() == 0, "".join(run.output[-20:])
+    times = [*began.values(), time.monotonic()]
+    lasted: dict[str, list[float]] = {}
+    for stage, (start, end) in zip(began, itertools.pairwise(times), strict=True):
+        lasted.setdefault(stage.partition("@")[0], []).append(end - start)
+    return {family: min(values) for family, values in lasted.items()}
+
+
+def disturbed(study: Study, shares: dict[str, int], lasts: dict[str, float], seed: int) -> list[Kill]:
+    """Kills the study until every family has had its share, and lets it end."""
+    chance, kills, done = random.Random(seed), [], Counter[str]()
+    while True:
+        run, kill = study.start(), None
+        for stage in run.stages():
+            family = stage.partition("@")[0]
+            if done[family] < shares.get(family, 0):
+                kill = attempt(run, stage, lasts.get(family, 1.0), chance)
+                if kill is not None:
+                    done[family] += 1
+                    kills.append(kill)
+                    print(f"{len(kills):4} {kill}", flush=True)
+                    break
+        code = run.end()
+        assert code == 0 or kill is not None, f"failed by itself:\n{''.join(run.output[-25:])}"
+        if code == 0:
+            if not (quick := [family for family, share in shares.items() if done[family] < share]):
+                return kills
+            for family in quick:  # it was through before it could be killed: once more
+                forget(study, family)
+
+
+def attempt(run: Run, stage: str, lasts: float, chance: random.Random) -> Kill | None:
+    """Ends the run while this stage is at work; None if it was through before."""
+    when = chance.choices(("moment", "write", "lock"), (5, 3, 2))[0]
+    number = chance.choice(SIGNALS)
+    # DVC leaves SIGINT to the stage, as a terminal sends it to the whole group.
+    target = chance.choice(TARGETS[1:] if number == signal.SIGINT else TARGETS)
+    began = run.since
+    match when:
+        case "moment":
+            until = began + chance.uniform(0, lasts)
+            wait_until(lambda: time.monotonic() > until, run, stage)
+        case "write":
+            before = run.study.temporaries()
+            wait_until(lambda: bool(run.study.temporaries() - before), run, stage)
+        case "lock":
+            target, number = ("dvc", signal.SIGKILL) if target == "stage" else (target, number)
+            wait_until(run.locking.is_set, run, stage)
+            time.sleep(chance.uniform(0, 0.5))
+    if run.stage != stage or not run.strike(target, number):
+        return None
+    kill = Kill(stage, when, target, number.name, round(time.monotonic() - began, 3))
+    code = run.process.wait(PATIENCE)
+    return kill if code else None
+
+
+def wait_until(condition: Callable[[], bool], run: Run, stage: str) -> None:
+    """Looks every millisecond, until the condition holds or the stage is over."""
+    while run.stage == stage and run.process.poll() is None and not condition():
+        time.sleep(0.001)
+
+
+def forget(study: Study, family: str) -> None:
+    """Makes DVC run a family's first stage again, whose result is the same."""
+    text = (study.folder / GRAPH).with_name("dvc.lock").read_text()
+    lines = text.splitlines(keepends=True)
+    first = next(i for i, line in enumerate(lines) if re.fullmatch(rf"  {family}(@.*)?:\n", line))
+    last = next((i for i in range(first + 1, len(lines)) if re.match(r"  \S|\S", lines[i])), len(lines))
+    (study.folder / GRAPH).with_name("dvc.lock").write_text("".join(lines[:first] + lines[last:]))
+
+
+def contents(study: Study) -> dict[str, bytes]:
+    """All results; run.json and the report hold times and revisions."""
+    found = {}
+    for root in ("runs/smoke", "metrics/smoke", "reports/smoke/tables"):
+        for path in sorted((study.folder / root).rglob("*")):
+            if path.is_file() and path.name != "run.json":
+                found[str(path.relative_to(study.folder))] = path.read_bytes()
+    return found
+
+
+def differing(first: Study, second: Study) -> list[str]:
+    """Results that are not equal to the bit, or not in both."""
+    a, b = contents(first), contents(second)
+    # What a copy of the times is: how long the study took, in the report's tables.
+    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name) and "cost" not in name)
+
+
+def left_behind(study: Study) -> list[str]:
+    """Temporary files, checkpoints, and MLflow's runs that are RUNNING or shown twice."""
+    found = [f"temporary file {path}" for path in study.temporaries()]
+    found += [f"checkpoint {path}" for path in (study.folder / ".ckpt").glob("*/*")]
+    for _ in range(2):
+        subprocess.run(
+            [sys.executable, "-m", "attention_transfer", "sync"],
+            cwd=study.folder,
+            env=study.environment(""),
+            check=True,
+        )
+    told = subprocess.run(
+        [sys.executable, "-c", RUNS],
+        cwd=study.folder,
+        env=study.environment(""),
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    runs = json.loads(told.stdout.splitlines()[-1])
+    found += [f"run {name} is RUNNING" for name, status, *_ in runs if status == "RUNNING"]
+    shown = Counter(tuple(key) for _, status, *key in runs if status == "FINISHED")
+    return found + [f"runs of {key}: {count}" for key, count in shown.items() if count > 1]
+
+
+RUNS = """
+import json
+from pathlib import Path
+from attention_transfer.tracking.database import connect
+runs = connect(Path()).search("tags.kind = 'stage'")
+keys = ("study", "stage", "run", "seed", "fingerprint")
+print(json.dumps([[r.info.run_name, r.info.status, *(r.data.tags.get(key) for key in keys)] for r in runs]))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--stages", default=",".join(FAMILIES), help="families to kill (default: all)")
+    options = parser.parse_args()
+    chosen = options.stages.split(",")
+    folder = options.folder.resolve()
+    whole, killed = Study(folder / "undisturbed"), Study(folder / "killed")
+    lasts = undisturbed(whole)
+    each, rest = divmod(options.kills, len(chosen))
+    shares = {family: each + (index < rest) for index, family in enumerate(chosen)}
+    kills = disturbed(killed, shares, lasts, options.seed)
+    differ, left = differing(whole, killed), left_behind(killed)
+    result = {
+        "kills": [asdict(kill) for kill in kills],
+        "files": len(contents(whole)),
+        "differing": differ,
+        "left_behind": left,
+        "bit_identical": not differ,
+    }
+    (folder / "kills.json").write_text(json.dumps(result, indent=1))
+    print(
+        f"{len(kills)} kills, {result['files']} files, {len(differ)} differ, left behind: {left or 'nothing'}"
+    )
+    sys.exit(bool(differ or left))
+
+
+if __name__ == "__main__":
+    main()
