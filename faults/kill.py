@@ -1,6 +1,6 @@
 """Kills the smoke study again and again until it is through, and compares it with one that nobody disturbed.
 
-    python faults/kill.py FOLDER [--kills 100] [--seed 0] [--stages train,cache]
+    python faults/kill.py FOLDER [--kills 100] [--seed 0] [--stages train,cache] [--small]
 
 Two clones of this repository's last commit are made in FOLDER. In one the study runs undisturbed; in the other a
 signal ends it, at a random moment of a stage or inside of a write, and it is started again, until every family of
@@ -28,9 +28,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+import yaml
 
 ROOT = Path(__file__).parents[1]
-GRAPH = "studies/smoke/dvc.yaml"
+GRAPH, PARAMS = "studies/smoke/dvc.yaml", "presets/smoke.yaml"
 FAMILIES = (
     *("data", "split", "pretrain", "finetuned", "cache", "resolve"),
     *("train", "shifts", "predict", "maps", "evaluate", "report"),
@@ -54,17 +55,31 @@ class Kill:
 
 
 class Study:
-    """A clone in which the smoke study runs."""
+    """A clone in which the smoke study runs, or with `small` a part of it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, small: bool = False) -> None:
         self.folder = folder
         if not folder.exists():
             subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
+        if small:
+            params = yaml.safe_load((folder / PARAMS).read_text())
+            params["runs"] = {name: params["runs"][name] for name in ("scratch", "distill")}
+            params["evaluation"] |= {"sets": ["validation", "test"]}
+            params |= {"seeds": [0], "ensembles": {}, "report": None}
+            (folder / PARAMS).write_text(yaml.safe_dump(params, sort_keys=False))
 
     def environment(self, mark: str) -> dict[str, str]:
         return {**os.environ, "PYTHONPATH": str(self.folder / "src"), MARK: mark}
 
     def start(self) -> Run:
+        """As `make study` does: a look at params.yaml and at what a kill has left, then DVC."""
+        subprocess.run(
+            [sys.executable, "-m", "attention_transfer", "check", "--params", PARAMS],
+            cwd=self.folder,
+            env=self.environment(""),
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
         return Run(self)
 
     def temporaries(self) -> set[Path]:
@@ -259,7 +274,7 @@ def differing(first: Study, second: Study) -> list[str]:
 def left_behind(study: Study) -> list[str]:
     """Temporary files, checkpoints, and MLflow's runs that are RUNNING or shown twice."""
     found = [f"temporary file {path}" for path in study.temporaries()]
-    found += [f"checkpoint {path}" for path in (study.folder / ".ckpt").glob("*/*")]
+    found += [f"checkpoint {path}" for path in (study.folder / ".ckpt").glob("*/*/")]
     for _ in range(2):
         subprocess.run(
             [sys.executable, "-m", "attention_transfer", "sync"],
@@ -299,10 +314,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", default=",".join(FAMILIES), help="families to kill (default: all)")
+    parser.add_argument("--small", action="store_true", help="a part of the study: two runs of one seed")
     options = parser.parse_args()
     chosen = options.stages.split(",")
     folder = options.folder.resolve()
-    whole, killed = Study(folder / "undisturbed"), Study(folder / "killed")
+    whole, killed = (Study(folder / name, small=options.small) for name in ("undisturbed", "killed"))
     lasts = undisturbed(whole)
     each, rest = divmod(options.kills, len(chosen))
     shares = {family: each + (index < rest) for index, family in enumerate(chosen)}

@@ -14,7 +14,7 @@ from attention_transfer.assembly import Parts
 from attention_transfer.data import shifted, views
 from attention_transfer.data.images import ImageSet
 from attention_transfer.evaluation import predictions
-from attention_transfer.files import fingerprint, sha256
+from attention_transfer.files import fingerprint, read_sealed, sha256
 from attention_transfer.models import students
 from attention_transfer.provenance import code_fingerprint
 from attention_transfer.teaching import teacher_source
@@ -27,6 +27,7 @@ def main(this: Stage) -> None:
     name, seed = this.instance["run"], this.instance["seed"]
     study, layout = this.study, this.layout
     parts = Parts(study, layout, machine.prepare())
+    read_sealed(layout.resolved(name), made_by=f"resolve@{name}")
     inputs = {
         "student": sha256(layout.student(name, seed) / "model.safetensors"),
         "resolved": sha256(layout.resolved(name)),

@@ -5,7 +5,7 @@ from attention_transfer.stage import Stage, run_script
 from typing import Any
 
 from attention_transfer.assembly import Parts
-from attention_transfer.files import sha256, write_csv
+from attention_transfer.files import read_sealed, sha256, write_csv
 from attention_transfer.fitting import fit_student, save_student
 from attention_transfer.training import machine
 from attention_transfer.transfer import methods
@@ -16,6 +16,7 @@ def main(this: Stage) -> None:
     study, layout = this.study, this.layout
     run = study.runs[name]
     parts = Parts(study, layout, machine.prepare())
+    read_sealed(layout.resolved(name), made_by=f"resolve@{name}")
     this.paths = methods.paths(study, name, device=parts.device.type)
 
     def work() -> dict[str, Any]:

@@ -37,6 +37,9 @@ run_script("example", main, __file__)
         ("raise KeyboardInterrupt", 130, ""),
         ("raise SystemExit(143)", 143, ""),
         ("raise ValueError('unforeseen')", 1, "ValueError: unforeseen"),
+        ("raise RuntimeError('unforeseen')", 1, "RuntimeError: unforeseen"),
+        ("raise MemoryError", 1, "error: example: out of memory (no room)\n  What to do: in "),
+        ("__import__('torch').empty(2**60)", 1, "lower batch_size, set attention.source: cache"),
     ],
 )
 def test_every_end_flushes_runs_its_handlers_and_waits_for_its_threads(

@@ -20,7 +20,7 @@ from attention_transfer import stage
 from attention_transfer.assembly import Parts
 from attention_transfer.config import Study, Untrained
 from attention_transfer.data import images, splits
-from attention_transfer.files import write_json
+from attention_transfer.files import write_sealed
 from attention_transfer.layout import Layout
 from attention_transfer.models import vit
 
@@ -107,7 +107,7 @@ def write_inputs(folder: Path) -> None:
     test = images.ImageSet(train.images[:12], labels[:12])
     images.save(folder / layout.images, "made up", ["a", "b", "c"], {"train": train, "test": test})
     splits.save(folder / layout.splits, splits.draw(labels, study.data))
-    write_json(folder / layout.resolved("run"), {})
+    write_sealed(folder / layout.resolved("run"), {})
     for name, teacher in study.teachers.items():
         assert isinstance(teacher, Untrained)
         arguments = vit.model_arguments(teacher.architecture, image_size=8, channels=1, classes=0)

@@ -24,6 +24,7 @@ NEUTRAL = frozenset(
         "errors.py",
         "files.py",
         "layout.py",
+        "lock_file.py",
         "params_yaml.py",
         "provenance.py",
         "run_record.py",

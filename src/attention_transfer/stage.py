@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attention_transfer import config, provenance, run_record, tracking
+from attention_transfer import config, lock_file, provenance, run_record, tracking
 from attention_transfer.errors import StudyError
 from attention_transfer.files import fingerprint, write_json, write_text
 from attention_transfer.layout import Layout
@@ -174,8 +174,8 @@ def forget_checkpoints(study: str) -> None:
 
     A stage that was killed between its end and the lock file runs again: from its last checkpoint.
     """
-    locks = [Path("dvc.lock"), Path("studies") / study / "dvc.lock"]
-    locked = "".join(lock.read_text() for lock in locks if lock.exists())
+    lock = lock_file.path(study)
+    locked = lock.read_text() if lock.exists() else ""
     for done in (Path(os.environ.get("DVC_ROOT", ".")) / ".ckpt" / study).glob(f"*/{DONE}"):
         record = Path(done.read_text())
         if record.exists() and hashlib.md5(record.read_bytes()).hexdigest() in locked:
@@ -236,15 +236,32 @@ def run_script(name: str, work: Callable[[Stage], None], script: str, **argument
     try:
         study = config.load(path)
         _known(given, study, path)
+        lock_file.keep(study.name)
         forget_checkpoints(study.name)
         work(Stage(name, given, study, path, Path(script), Layout(study.name)))
     except StudyError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    except MemoryError:
-        sys.exit(f"error: {name}: out of memory\n  What to do: lower batch_size in {path}")
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        sys.exit(
+            f"error: {name}: out of memory ({str(error).splitlines()[0] if str(error) else 'no room'})\n"
+            f"  What to do: in {path}, lower batch_size, set attention.source: cache (no teacher in the step), "
+            "or set training.precision: bfloat16"
+        )
     _succeeded.set()
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's own error, or one of torch's, which is not loaded in every stage: GPU and CPU say it differently."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+        or "not enough memory" in str(error)
+    )
 
 
 def _known(given: dict[str, Any], study: config.Study, path: Path) -> None:

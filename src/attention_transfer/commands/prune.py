@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from attention_transfer import plan
+from attention_transfer import lock_file, plan
 from attention_transfer.config import Study
 from attention_transfer.data import shifted
 from attention_transfer.errors import StudyError
@@ -180,7 +180,7 @@ def _checkpoints(study: Study) -> dict[Path, str]:
     labels |= {"data", "split", "finetuned", "shifts", "evaluate", "maps", "report"}
     found: dict[Path, str] = {}
     newest: dict[str, Path] = {}
-    folders = _below(root) if _own(root) else []
+    folders = [path for path in _below(root) if path.name != lock_file.NAME] if _own(root) else []
     for path in sorted(folders, key=lambda folder: folder.lstat().st_mtime, reverse=True):
         label = path.name.rpartition("-")[0]
         if label not in labels:

@@ -6,6 +6,7 @@ from torch import nn
 
 from attention_transfer.config import COPIES_ATTENTION, Study
 from attention_transfer.models import constant_map
+from attention_transfer.transfer import joint_attention
 from attention_transfer.transfer.attention_copy import AttentionCopy
 from attention_transfer.transfer.attention_distill import AttentionDistill
 from attention_transfer.transfer.distill_features import FeatureDistill
@@ -27,16 +28,22 @@ def paths(study: Study, name: str, *, device: str) -> dict[str, str]:
     """How a run computes what it could compute in several ways: by rules of shapes and device, for its record.
 
     `maps` is a product with maps that were given as such; else see `constant_map.path`, and for the loss
-    `losses.streamed_attention_cross_entropy`.
+    `joint_attention.path`.
     """
     run = study.runs[name]
     if run.method not in COPIES_ATTENTION or run.transfer != "map":
         return {}
     teacher, student = study.teachers[run.teacher].architecture, study.architecture(name)
     as_maps = study.attention.content == "maps" or run.average is not None or teacher.heads > student.heads
+    tokens = student.tokens(study.data.image_size)
     if run.method == "distill":
-        return {"attention_loss": "maps" if as_maps else "streamed"}
-    tokens, head_dim = student.tokens(study.data.image_size), teacher.width // teacher.heads
+        assert run.attention_loss is not None  # checked by config
+        plain = run.attention_loss.temperature == 1 and all(
+            len(heads) == student.heads for heads in study.heads(name)
+        )
+        how = joint_attention.path(device, tokens, student.width // student.heads) if plain else "streamed"
+        return {"attention_loss": "maps" if as_maps else how}
+    head_dim = teacher.width // teacher.heads
     whole = "maps" if as_maps else constant_map.path(device, tokens, head_dim)
     found: dict[str, str] = {"copied_layers": whole} if slimmed_layers(study, name) else {}
     if len(slimmed_layers(study, name)) < len(study.layers(name)):

@@ -1,0 +1,216 @@
+"""Damages every file that a stage reads, one way after the other, and tells what the study makes of it.
+
+    python faults/damage.py FOLDER [--artifacts "student weights,.."]
+
+FOLDER gets two clones of this repository's last commit with finished smoke studies, the second with other seeds:
+its files are the `older` ones. Bits are flipped and blocks zeroed without a change of size or time, which DVC does
+not see: the stage that reads the file is made to run, and must refuse it. Files that are truncated, replaced
+or deleted are DVC's to find: it must make them anew before anything reads them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from kill import GRAPH, PARAMS, Study
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file, the stage that makes it and one that reads it.
+
+    Attributes:
+        glob: of the file, the first that is found.
+        maker: stage of dvc.yaml; None for what the user brings.
+        reader: stage of dvc.yaml.
+        remove: output of the reader that must go, or it would not read the file.
+    """
+
+    name: str
+    glob: str
+    maker: str | None
+    reader: str
+    remove: str | None = None
+
+
+RUNS, METRICS = "runs/smoke", "metrics/smoke"
+CONTRAST = f"{RUNS}/predictions/copy/0/contrast-5.safetensors"
+VIEWS, TEACHER = f"{RUNS}/cache/mae/views", f"{RUNS}/teachers/mae"
+STUDENT = f"{RUNS}/students/distill/0"
+ARTIFACTS = (
+    Artifact("data file", "data/fashion-mnist/**/train-images-idx3-ubyte*", None, "data"),
+    Artifact("images", f"{RUNS}/data/train_images.npy", "data", "train@copy-0"),
+    Artifact("labels", f"{RUNS}/data/train_labels.npy", "data", "train@copy-0"),
+    Artifact("description of the images", f"{RUNS}/data/dataset.json", "data", "train@copy-0"),
+    Artifact("index file, labelled", f"{RUNS}/splits/labelled.txt", "split", "train@copy-0"),
+    Artifact("index file, validation", f"{RUNS}/splits/validation.txt", "split", "train@copy-0"),
+    Artifact("index file, pre-training", f"{RUNS}/splits/pretrain.txt", "split", "pretrain@mae"),
+    Artifact("teacher's weights", f"{TEACHER}/model.safetensors", "pretrain@mae", "train@finetune-0"),
+    Artifact("teacher's configuration", f"{TEACHER}/config.json", "pretrain@mae", "train@finetune-0"),
+    Artifact("cache, shard", f"{VIEWS}/shard-00000.safetensors", "cache@mae", "train@distill-0"),
+    Artifact("cache, keys", f"{VIEWS}/keys.safetensors", "cache@mae", "train@distill-0"),
+    Artifact("cache, manifest", f"{VIEWS}/manifest.json", "cache@mae", "train@distill-0"),
+    Artifact("cache, manifest of the sets", f"{RUNS}/cache/mae/manifest.json", "cache@mae", "resolve@distill"),
+    Artifact("resolved run", f"{RUNS}/resolved/copy.json", "resolve@copy", "train@copy-0"),
+    Artifact("shifted images", f"{RUNS}/shifts/contrast-5.npz", "shifts", "predict@copy-0", CONTRAST),
+    Artifact("shifts, manifest", f"{RUNS}/shifts/manifest.json", "shifts", "predict@copy-0", CONTRAST),
+    Artifact("contact sheet", f"{RUNS}/shifts/contact_sheet.npz", "shifts", "report"),
+    Artifact("student's weights", f"{STUDENT}/model.safetensors", "train@distill-0", "predict@distill-0"),
+    Artifact("student's configuration", f"{STUDENT}/config.json", "train@distill-0", "predict@distill-0"),
+    Artifact("predictions", f"{RUNS}/predictions/distill/0/test.safetensors", "predict@distill-0", "evaluate"),
+    Artifact("attention maps", f"{RUNS}/maps/maps.npz", "maps", "report"),
+    Artifact("metrics of a training", f"{METRICS}/train/copy/0/metrics.json", "train@copy-0", "report"),
+    Artifact("curve of a training", f"{METRICS}/train/copy/0/curve.csv", "train@copy-0", "report"),
+    Artifact("run.json of a training", f"{METRICS}/train/copy/0/run.json", "train@copy-0", "report"),
+    Artifact("table of scores", f"{METRICS}/evaluate/scores.csv", "evaluate", "report"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of one damage: an error that names the file, or the file made anew before it was read."""
+
+    artifact: str
+    damage: str
+    detected: bool
+    message: str
+
+
+def truncate(path: Path, older: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip_bit(path: Path, older: Path) -> None:
+    in_place(path, lambda content: content.__setitem__(len(content) // 2, content[len(content) // 2] ^ 1))
+
+
+def zero_block(path: Path, older: Path) -> None:
+    def zero(content: bytearray) -> None:
+        # Where there is something else than zeros to begin with.
+        start = next(i for i in range(len(content) // 2, len(content)) if content[i])
+        stop = min(start + 512, len(content))
+        content[start:stop] = bytes(stop - start)
+
+    in_place(path, zero)
+
+
+def in_place(path: Path, change: Callable[[bytearray], None]) -> None:
+    """Changes bytes as a failing disk does: no new size, no new time."""
+    before, content = path.stat(), bytearray(path.read_bytes())
+    change(content)
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.write(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def replace(path: Path, older: Path) -> None:
+    path.unlink()
+    shutil.copyfile(older, path)
+
+
+def delete(path: Path, older: Path) -> None:
+    path.unlink()
+
+
+DAMAGES: dict[str, Callable[[Path, Path], None]] = {
+    "truncated": truncate,
+    "bit flipped": flip_bit,
+    "block zeroed": zero_block,
+    "older version": replace,
+    "deleted": delete,
+}
+UNSEEN_BY_DVC = ("bit flipped", "block zeroed")
+
+
+def examine(study: Study, older: Study, artifact: Artifact, damage: str) -> Finding:
+    """Damages the file, lets the study meet it, and makes it whole again."""
+    path = next(study.folder.glob(artifact.glob))
+    name, whole = path.relative_to(study.folder), path.read_bytes()
+    DAMAGES[damage](path, older.folder / name)
+    direct = damage in UNSEEN_BY_DVC or artifact.maker is None
+    if direct:
+        if artifact.remove:
+            (study.folder / artifact.remove).unlink()
+        ended = dvc(study, "--force", "--single-item", f"{GRAPH}:{artifact.reader}")
+        told = [line for line in ended.stdout.splitlines() if line.startswith("error:") or str(name) in line]
+        detected = ended.returncode != 0 and any(str(name) in line for line in told)
+        message = next((line for line in told if line.startswith("error:")), "nothing")
+    else:
+        ended = dvc(study)
+        stages = re.findall(r"Running stage '[^:]*:([^']*)'", ended.stdout)
+        detected = ended.returncode == 0 and stages[:1] == [artifact.maker]
+        message = f"DVC makes it anew, first of {len(stages)} stages" if detected else ended.stdout[-300:]
+        if name.suffix != ".json" or "run.json" not in name.name:
+            detected = detected and path.read_bytes() == whole
+    if direct:
+        path.unlink(missing_ok=True)
+        path.write_bytes(whole)
+        assert dvc(study).returncode == 0, f"{artifact.name}, {damage}: the study does not recover"
+    print(f"{artifact.name}, {damage}: {'detected' if detected else 'NOT DETECTED'}: {message}", flush=True)
+    return Finding(artifact.name, damage, detected, message)
+
+
+def bring_data(folder: Path) -> None:
+    """Puts Fashion-MNIST where params.yaml looks first, from Debian's package."""
+    listing = subprocess.run(
+        ["dpkg", "-L", "dataset-fashion-mnist"], capture_output=True, text=True, check=True
+    ).stdout
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in listing.split():
+        if "ubyte" in name:
+            shutil.copy(name, folder)
+
+
+def dvc(study: Study, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["dvc", "repro", *(arguments or [GRAPH])],
+        cwd=study.folder,
+        env=study.environment(""),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--artifacts", help="names, separated by commas (default: all)")
+    options = parser.parse_args()
+    folder = options.folder.resolve()
+    study, older = Study(folder / "damaged"), Study(folder / "older")
+    params = older.folder / PARAMS
+    params.write_text(params.read_text().replace("seed: 0", "seed: 1").replace("contrast", "fog"))
+    for made in (study, older):
+        bring_data(made.folder / "data" / "fashion-mnist")
+        assert dvc(made).returncode == 0
+    wanted = options.artifacts.split(",") if options.artifacts else [artifact.name for artifact in ARTIFACTS]
+    findings = [
+        examine(study, older, artifact, damage)
+        for artifact in ARTIFACTS
+        if artifact.name in wanted
+        for damage in DAMAGES
+        # Of a data set that the user brings there is no older version, and a missing file is looked for elsewhere.
+        if artifact.maker or damage not in ("older version", "deleted")
+    ]
+    (folder / "damages.json").write_text(json.dumps([asdict(finding) for finding in findings], indent=1))
+    missed = [finding for finding in findings if not finding.detected]
+    print(f"{len(findings)} damages, {len(missed)} not detected")
+    sys.exit(bool(missed))
+
+
+if __name__ == "__main__":
+    main()

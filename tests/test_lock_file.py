@@ -1,0 +1,109 @@
+"""DVC's lock file, cut off at every place where a kill can cut it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from attention_transfer import lock_file
+from attention_transfer.errors import StudyError
+
+STAGES = {
+    f"train@copy-{seed}": {
+        "cmd": f"python pipeline/train.py --run copy --seed {seed}",
+        "deps": [{"path": "pipeline/train.py", "hash": "md5", "md5": f"{seed}" * 32, "size": 10}],
+        "params": {"params.yaml": {"runs.copy": {"learning_rate": 0.1, "layers": [0, 1]}}},
+        "outs": [{"path": f"runs/core/students/copy/{seed}", "md5": f"{seed}" * 32 + ".dir", "nfiles": 2}],
+    }
+    for seed in range(3)
+}
+TEXT = yaml.safe_dump({"schema": "2.0", "stages": STAGES}, sort_keys=False)
+
+
+@pytest.fixture(autouse=True)
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a whole lock file, of which a stage has kept a copy."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    monkeypatch.delenv("DVC_EXP_NAME", raising=False)
+    monkeypatch.setenv("DVC_STAGE", "train@copy-2")
+    Path("dvc.lock").write_text(TEXT)
+    lock_file.keep("core")
+    return tmp_path
+
+
+def stages() -> dict[str, object]:
+    found: dict[str, object] = yaml.safe_load(Path("dvc.lock").read_text())["stages"]
+    return found
+
+
+@pytest.mark.parametrize("size", range(0, len(TEXT), 7))
+def test_a_lock_file_that_is_cut_off_is_made_whole(size: int) -> None:
+    Path("dvc.lock").write_text(TEXT[:size])
+    mended = lock_file.mend("core")
+    assert stages() == STAGES or (mended == 0 and stages().keys() == STAGES.keys())
+    assert lock_file.mend("core") == 0
+
+
+def test_a_whole_lock_file_is_left_as_it_is() -> None:
+    before = Path("dvc.lock").stat().st_ino
+    assert lock_file.mend("core") == 0
+    assert (Path("dvc.lock").stat().st_ino, Path("dvc.lock").read_text()) == (before, TEXT)
+
+
+def test_a_lock_file_that_is_gone_comes_back() -> None:
+    Path("dvc.lock").unlink()
+    assert lock_file.mend("core") == len(STAGES)
+    assert stages() == STAGES
+
+
+def test_what_was_cut_off_is_not_kept_and_what_was_added_is() -> None:
+    Path("dvc.lock").write_text(TEXT[: len(TEXT) // 2])
+    lock_file.keep("core")
+    assert lock_file.mend("core") > 0
+    assert stages() == STAGES
+    more = {**STAGES, "report": {"cmd": "python pipeline/report.py"}}
+    Path("dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": more}, sort_keys=False))
+    lock_file.keep("core")
+    Path("dvc.lock").write_text("")
+    assert lock_file.mend("core") == len(more)
+    assert stages() == more
+
+
+def test_entries_of_stages_that_ran_since_the_copy_stay() -> None:
+    """The copy is of the last stage's beginning: what that stage wrote is not in it."""
+    newer = {"data": {"cmd": "python pipeline/data.py"}, **STAGES}
+    del newer["train@copy-2"]
+    Path("dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": newer}))
+    assert lock_file.mend("core") == 1
+    assert stages() == {**newer, **STAGES}
+
+
+def test_damage_without_a_copy_is_named() -> None:
+    Path(".ckpt/core/dvc.lock").unlink()
+    Path("dvc.lock").write_text("stages: [")
+    with pytest.raises(StudyError, match="is damaged") as caught:
+        lock_file.mend("core")
+    assert caught.value.where == "dvc.lock"
+
+
+@pytest.mark.parametrize(("variable", "value"), [("DVC_EXP_NAME", "muddy-wolf"), ("DVC_STAGE", None)])
+def test_experiments_and_scripts_by_hand_keep_no_copy(
+    variable: str, value: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(".ckpt/core/dvc.lock").unlink()
+    if value is None:
+        monkeypatch.delenv(variable)
+    else:
+        monkeypatch.setenv(variable, value)
+    lock_file.keep("core")
+    assert not Path(".ckpt/core/dvc.lock").exists()
+
+
+def test_a_study_with_a_graph_of_its_own_has_its_own_lock_file() -> None:
+    Path("studies/smoke").mkdir(parents=True)
+    assert lock_file.path("smoke") == Path("dvc.lock")
+    Path("studies/smoke/dvc.yaml").touch()
+    assert lock_file.path("smoke") == Path("studies/smoke/dvc.lock")
