@@ -2,7 +2,7 @@
 
     python faults/damage.py FOLDER [--artifacts "student weights,.."]
 
-FOLDER gets two clones of this repository's last commit with finished smoke studies, the second with other seeds:
+FOLDER gets two copies of this repository with finished smoke studies, the second with other seeds:
 its files are the `older` ones. Bits are flipped and blocks zeroed without a change of size or time, which DVC does
 not see: the stage that reads the file is made to run, and must refuse it. Files that are truncated, replaced
 or deleted are DVC's to find: it must make them anew before anything reads them.

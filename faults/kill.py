@@ -2,7 +2,7 @@
 
     python faults/kill.py FOLDER [--kills 100] [--seed 0] [--stages train,cache] [--small]
 
-Two clones of this repository's last commit are made in FOLDER. In one the study runs undisturbed; in the other a
+Two copies of this repository are made in FOLDER. In one the study runs undisturbed; in the other a
 signal ends it, at a random moment of a stage or inside of a write, and it is started again, until every family of
 stages has had its share of the kills. Then weights, predictions, cache and metrics of the two must be equal to
 the bit, and nothing may be left behind: no process, no lock, no temporary file, no run that MLflow takes for alive.
@@ -16,6 +16,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,6 +62,11 @@ class Study:
         self.folder = folder
         if not folder.exists():
             subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
+            changed = ["git", "ls-files", "--modified", "--others", "--exclude-standard"]
+            listed = subprocess.run(changed, cwd=ROOT, check=True, capture_output=True, text=True)
+            for name in filter(lambda name: (ROOT / name).exists(), listed.stdout.splitlines()):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, folder / name)
         if small:
             params = yaml.safe_load((folder / PARAMS).read_text())
             params["runs"] = {name: params["runs"][name] for name in ("scratch", "distill")}

@@ -6,7 +6,11 @@ import gc
 
 import pytest
 
-LONGEST = ("test_study.py", "test_study_sources.py")  # begun last, they would leave the other worker idle
+LONGEST = (
+    "test_study.py",
+    "test_study_sources.py",
+    "test_faults.py",
+)  # begun last, they would leave the other worker idle
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
