@@ -16,6 +16,7 @@ def main(this: Stage) -> None:
     study, layout = this.study, this.layout
 
     def work() -> dict[str, Any]:
+        layout.report.mkdir(parents=True, exist_ok=True)
         if study.report is not None:
             page.build(study, layout.metrics, layout.artifacts, layout.report)
             for path in sorted((layout.report / "figures").glob("*.png")):
