@@ -13,6 +13,7 @@ import tiny_study
 import yaml
 
 from attention_transfer import config
+from attention_transfer.files import write_sealed
 from attention_transfer.layout import Layout
 
 pytestmark = pytest.mark.slow
@@ -62,11 +63,7 @@ def test_cached_and_online_training_end_within_the_spread_of_seeds(
     values = yaml.safe_load(PRESET.read_text(encoding="utf-8"))
     values["training"]["validate_every"] = 60
     values["runs"][method] |= {"epochs": 60, "learning_rate": 0.003, "batch_size": 20}
-    resolved = Layout("smoke").resolved(
-        method
-    )  # what the stage `resolve` writes, of which only the hash counts
-    resolved.parent.mkdir(parents=True, exist_ok=True)
-    resolved.write_text("{}")
+    write_sealed(Layout("smoke").resolved(method), {})  # what `resolve` writes, of which only the hash counts
     accuracy = {}
     for source in ("cache", "online"):
         values["attention"]["source"] = source
