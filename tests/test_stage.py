@@ -29,6 +29,7 @@ run_script("example", main, __file__)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "code", "message"),
     [
