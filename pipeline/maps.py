@@ -23,9 +23,7 @@ def main(this: Stage) -> None:
     seed = study.seeds[0]
 
     def work() -> dict[str, Any]:
-        layout.maps.mkdir(
-            parents=True, exist_ok=True
-        )  # DVC expects the folder of a study without a report, too
+        layout.maps.mkdir(parents=True, exist_ok=True)  # an output of a study without a report, too
         if study.report is None:
             return {}
         examples, labels = one_of_each_class(parts.test.labels, study.report.attention_images)

@@ -7,6 +7,11 @@ from collections.abc import Iterator
 BLOCK_BYTES = 2**20  # of maps at a time
 
 
+def is_small(tokens: int, head_dim: int) -> bool:
+    """Whether a map is no larger than its layer's queries, keys, values and result together."""
+    return tokens <= 4 * head_dim
+
+
 def blocks(maps: int, queries: int, keys: int, room: int) -> Iterator[tuple[slice, slice]]:
     """Which maps, and which of their rows, to make at a time: whole maps if one fits, at least one row.
 

@@ -54,11 +54,16 @@ def atomic(path: Path) -> Iterator[Path]:
 
 def _remove_leftovers(path: Path) -> None:
     for left in path.parent.glob(f"{TEMPORARY}*-{glob.escape(path.name)}"):
-        import psutil  # there is seldom need of it
-
-        process = left.name.removeprefix(TEMPORARY).partition("-")[0]
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
+        if is_left_over(left):
             left.unlink(missing_ok=True)
+
+
+def is_left_over(temporary: Path) -> bool:
+    """Whether the process that was writing an unfinished file, which its name tells, has gone."""
+    import psutil  # there is seldom need of it
+
+    writer = temporary.name.removeprefix(TEMPORARY).partition("-")[0]
+    return not (writer.isdecimal() and psutil.pid_exists(int(writer)))
 
 
 def write_text(path: Path, text: str) -> None:

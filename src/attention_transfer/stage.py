@@ -198,7 +198,7 @@ _succeeded = threading.Event()
 
 @atexit.register
 def _skip_teardown() -> None:
-    """Ends a stage that has succeeded without taking its millions of objects apart, which takes another second.
+    """Ends a stage that has succeeded without taking its millions of objects apart.
 
     The first handler to be registered is the last to run: nothing that others do at exit is left out.
     """

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from attention_transfer import lock_file, plan
 from attention_transfer.config import Study
 from attention_transfer.data import shifted
 from attention_transfer.errors import StudyError
-from attention_transfer.files import TEMPORARY
+from attention_transfer.files import TEMPORARY, is_left_over
 from attention_transfer.layout import Layout
 
 Tree = Mapping[str, Any]
@@ -195,10 +193,8 @@ def _leftovers(root: Path) -> Iterator[Path]:
     if _own(root):
         for folder, folders, names in os.walk(root):  # which follows no symlinks
             for name in (*folders, *names):
-                if name.startswith(TEMPORARY):
-                    writer = name.removeprefix(TEMPORARY).partition("-")[0]
-                    if not (writer.isdecimal() and psutil.pid_exists(int(writer))):
-                        yield Path(folder) / name
+                if name.startswith(TEMPORARY) and is_left_over(Path(folder) / name):
+                    yield Path(folder) / name
 
 
 def _own(root: Path) -> bool:

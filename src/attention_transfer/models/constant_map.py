@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from attention_transfer.blocks import BLOCK_BYTES, blocks
+from attention_transfer.blocks import BLOCK_BYTES, blocks, is_small
 
 Path = Literal["materialised", "streamed", "fused"]
 
@@ -27,7 +27,7 @@ def path(device: str, tokens: int, head_dim: int) -> Path:
     """
     if device != "cpu":
         return "fused"
-    return "materialised" if tokens <= 4 * head_dim else "streamed"
+    return "materialised" if is_small(tokens, head_dim) else "streamed"
 
 
 def mixed_by_constant_map(

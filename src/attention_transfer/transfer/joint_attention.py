@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attention_transfer.blocks import BLOCK_BYTES, blocks
+from attention_transfer.blocks import BLOCK_BYTES, blocks, is_small
 
 Path = Literal["joint", "streamed"]
 
@@ -23,7 +23,7 @@ def path(device: str, tokens: int, head_dim: int) -> Path:
     On a CPU jointly where a map is no larger than its layer's queries, keys, values and result together; else by
     PyTorch's fused attention and `losses.streamed_attention_cross_entropy`, in memory linear in the tokens.
     """
-    return "joint" if device == "cpu" and tokens <= 4 * head_dim else "streamed"
+    return "joint" if device == "cpu" and is_small(tokens, head_dim) else "streamed"
 
 
 def attention_and_cross_entropy(
@@ -116,5 +116,5 @@ class _Joint(torch.autograd.Function):
                 dq[at, line] = gradient @ k[at]
                 dk[at].baddbmm_(gradient.mT, q[at, line])
                 dv[at].baddbmm_(maps[at, line].to(v.dtype).mT, d[at, line])
-        dq, dk, dv = ((part).unflatten(0, ctx.shape) for part in (dq.mul_(ctx.scale), dk, dv))
+        dq, dk, dv = (part.unflatten(0, ctx.shape) for part in (dq.mul_(ctx.scale), dk, dv))
         return dq, dk, dv, None, None, None, None
