@@ -10,7 +10,10 @@ GRAPH := $(if $(filter core,$(STUDY)),dvc.yaml,studies/$(STUDY)/dvc.yaml)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
-.PHONY: study test check setup tune ui lock bench clean
+# Whether Debian packages are there to be had, with the right to install them.
+APT := command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]
+
+.PHONY: study test check setup postgresql tune ui lock bench clean
 
 study: setup
 	python -m attention_transfer check --params $(PARAMS)
@@ -18,7 +21,7 @@ study: setup
 	python -m attention_transfer show --params $(PARAMS)
 
 # Tests run on two workers with a thread each: two teams of threads on two cores wait for each other.
-test: setup
+test: setup postgresql
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: setup
@@ -29,8 +32,15 @@ check: setup
 
 # Fashion-MNIST comes with a Debian package; elsewhere, or without the right to install, torchvision downloads it.
 setup: $(READY)
-	@if ! dpkg -L dataset-fashion-mnist >/dev/null 2>&1 && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	@if ! dpkg -L dataset-fashion-mnist >/dev/null 2>&1 && $(APT); then \
 	  (apt-get update -qq && apt-get install -y -qq dataset-fashion-mnist) >/dev/null || echo "apt cannot install dataset-fashion-mnist: it will be downloaded"; fi
+
+# Some tests start an MLflow server on PostgreSQL; they say so when they are skipped. No cluster is made here.
+postgresql:
+	@if ! command -v initdb >/dev/null && ! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 && $(APT); then \
+	  mkdir -p /etc/postgresql-common/createcluster.d; \
+	  echo "create_main_cluster = false" > /etc/postgresql-common/createcluster.d/none.conf; \
+	  (apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql) >/dev/null || echo "apt cannot install postgresql: its tests are skipped"; fi
 
 # Compiling the bytecode once takes half a minute and saves several seconds in each of the study's stages.
 $(READY):

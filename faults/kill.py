@@ -75,7 +75,8 @@ class Study:
             (folder / PARAMS).write_text(yaml.safe_dump(params, sort_keys=False))
 
     def environment(self, mark: str) -> dict[str, str]:
-        return {**os.environ, "PYTHONPATH": str(self.folder / "src"), MARK: mark}
+        # Debian's sh stays between DVC and the stage, unless the command in dvc.yaml sees to it.
+        return {**os.environ, "PYTHONPATH": str(self.folder / "src"), "SHELL": "/bin/sh", MARK: mark}
 
     def start(self) -> Run:
         """As `make study` does: a look at params.yaml and at what a kill has left, then DVC."""

@@ -146,7 +146,7 @@ def test_command_names_the_study_and_nothing_of_the_machine(name: str) -> None:
     stage = STAGES[name]
     assert stage["desc"].strip()
     assert stage["wdir"] == "${where.root}"
-    start = f"python pipeline/{name}.py --params {PARAMS}"
+    start = f"exec python pipeline/{name}.py --params {PARAMS}"
     assert stage["cmd"].startswith(start)
     # What is left tells instances apart; device, workers and launcher would rerun the study elsewhere.
     rest = re.findall(r" --(\w+) (\$\{[\w.]+\})", stage["cmd"].removeprefix(start))

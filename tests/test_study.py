@@ -96,6 +96,7 @@ class Study:
             "ATTENTION_TRANSFER_DEVICE": "cpu",
             "ATTENTION_TRANSFER_THREADS": "1",
             "OMP_NUM_THREADS": "1",
+            "SHELL": "/bin/sh",  # of the shells that DVC may use, the one that stays between it and the stage
             "COLUMNS": "400",  # DVC cuts its tables at the width of the terminal
         }
 

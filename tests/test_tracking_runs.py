@@ -8,7 +8,6 @@ import os
 import sqlite3
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from collections import Counter
@@ -30,51 +29,7 @@ from attention_transfer.tracking.contents import flatten
 pytestmark = pytest.mark.slow  # MLflow and its database take seconds to open
 
 RACERS = 8
-# One interpreter loads mlflow once and forks: eight imports would take half a minute.
-RACE = """
-import os, signal, sys, threading
-from pathlib import Path
-from attention_transfer import tracking
-from attention_transfer.tracking import database, runs
-os.environ |= database.ENVIRONMENT
-runs.CLOSE_SECONDS = 120.0  # whether all arrives is asked here, not how soon
-import mlflow.store.tracking.sqlalchemy_store, mlflow.tracking
-
-root, racers = Path(sys.argv[1]), int(sys.argv[2])
-go, gate = os.pipe()
-
-def race(number):
-    os.close(gate)
-    os.read(go, 1)  # until every process is there
-    def stop(*_):
-        raise SystemExit(143)
-    signal.signal(signal.SIGTERM, stop)
-    name, is_open = f"run-{number}", threading.Event()
-    with tracking.start(study="race", stage="train", name=name, params={"number": number}, fingerprint=name,
-                        seed=number, run="copy", inputs={}, resume_run_id=None,
-                        opened=lambda run_id: is_open.set(), patience=0.0, root=root) as tracker:
-        for step in range(20):
-            tracker.log_metrics({"loss": step / 2}, step)
-        if number == racers and is_open.wait(60):
-            os.kill(os.getpid(), signal.SIGKILL)
-        if number == racers + 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-children = []
-for number in range(racers + 2):
-    if not (child := os.fork()):
-        code = 1
-        try:
-            race(number)
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        finally:
-            os._exit(code)
-    children.append(child)
-os.close(gate)
-print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
-"""
+RACE = Path(__file__).with_name("racing_runs.py")
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +76,7 @@ def raced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int], st
     folder = tmp_path_factory.mktemp("race")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW", "DVC"))}
     ended = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(RACE), str(folder), str(RACERS)],
+        [sys.executable, RACE, folder, str(RACERS)],
         capture_output=True,
         text=True,
         check=True,

@@ -54,7 +54,13 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def serve(root: Path, port: int) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+def database_uri() -> str | None:
+    """What the server keeps its runs in; None is the default, SQLite."""
+    return None
+
+
+@pytest.fixture
+def serve(root: Path, port: int, database_uri: str | None) -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
     """Starts the server that `ui` starts and waits until it answers; gives its process."""
     running: list[subprocess.Popen[bytes]] = []
 
@@ -67,7 +73,7 @@ def serve(root: Path, port: int) -> Iterator[Callable[[], subprocess.Popen[bytes
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env={key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"},
+                env=os.environ | ({"MLFLOW_TRACKING_URI": database_uri} if database_uri else {}),
             )
         running.append(server)
         deadline = time.monotonic() + READY_SECONDS

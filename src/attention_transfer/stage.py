@@ -276,7 +276,10 @@ def _known(given: dict[str, Any], study: config.Study, path: Path) -> None:
 
 
 def _die_with_parent() -> None:
-    """On Linux, a stage ends when the `dvc` that started it is killed: no orphan goes on writing."""
+    """On Linux, a stage ends when the `dvc` that started it is killed: no orphan goes on writing.
+
+    DVC must be its parent, not a shell that DVC started: so commands in dvc.yaml begin with `exec`.
+    """
     if sys.platform == "linux" and "DVC_STAGE" in os.environ:
         import ctypes
 

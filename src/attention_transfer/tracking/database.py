@@ -112,6 +112,8 @@ def connect(root: Path) -> Store:
             with lock(folder):
                 if uri.startswith(SQLITE):
                     _initialise(Path(uri.removeprefix(SQLITE)), artifact_uri(root))
+                else:
+                    _knock(uri)
                 client = MlflowClient(tracking_uri=uri)
         return Store(
             client, _experiment(client, folder, None if is_server(uri) else artifact_uri(root)), folder
@@ -139,6 +141,17 @@ def _experiment(client: Any, folder: Path, artifacts: str | None) -> str:
             if (found := client.get_experiment_by_name(EXPERIMENT)) is None:
                 return str(client.create_experiment(EXPERIMENT, artifact_location=artifacts))
     return str(found.experiment_id)
+
+
+def _knock(uri: str) -> None:
+    """Opens a database server once: mlflow would ask a dead one for almost two minutes, a warning each time."""
+    import sqlalchemy  # which mlflow brings
+
+    engine = sqlalchemy.create_engine(uri)
+    try:
+        engine.connect().close()
+    finally:
+        engine.dispose()
 
 
 def _initialise(database: Path, artifacts: str) -> None:

@@ -33,7 +33,7 @@ def serve(root: Path, *, port: int, host: str = "127.0.0.1") -> NoReturn:
     """Replaces this process by `mlflow server`; it answers after up to half a minute.
 
     Raises:
-        StudyError: the store is a server already, or the port is taken.
+        StudyError: the store is a server already or cannot be opened, or the port is taken.
     """
     uri = address(root)
     if is_server(uri):
@@ -52,6 +52,13 @@ def serve(root: Path, *, port: int, host: str = "127.0.0.1") -> NoReturn:
                 where=f"{host}:{port}",
                 remedy="choose another port, or open the server that is running there",
             ) from error
-    connect(root)  # the server must not make the database while a stage does
+    try:
+        connect(root)  # the server must not make the database while a stage does
+    except Exception as error:  # whatever mlflow, the database or its driver raises
+        raise StudyError(
+            f"cannot be opened: {redacted(f'{type(error).__name__}: {error}')[:300]}",
+            where=redacted(uri),
+            remedy="start that database, or unset MLFLOW_TRACKING_URI to see the local one",
+        ) from error
     print(f"MLflow: http://{host}:{port} (ready in about 20 s; Ctrl-C ends it)", flush=True)
     os.execve(sys.executable, command(root, port=port, host=host), {**ENVIRONMENT, **os.environ})
