@@ -80,6 +80,10 @@ class Study:
 
     def start(self) -> Run:
         """As `make study` does: a look at params.yaml and at what a kill has left, then DVC."""
+        self.check()
+        return Run(self)
+
+    def check(self) -> None:
         subprocess.run(
             [sys.executable, "-m", "attention_transfer", "check", "--params", PARAMS],
             cwd=self.folder,
@@ -87,7 +91,6 @@ class Study:
             stdout=subprocess.DEVNULL,
             check=True,
         )
-        return Run(self)
 
     def temporaries(self) -> set[Path]:
         """Unfinished files."""
@@ -128,6 +131,11 @@ class Run:
                 self.changed.notify_all()
         with self.changed:
             self.changed.notify_all()
+
+    def completed(self) -> Counter[str]:
+        """The stages that ended well and are in DVC's lock file."""
+        found = re.findall(r"Running stage '[^:]*:([^']*)'", "".join(self.output))
+        return Counter(found if self.process.returncode == 0 else found[:-1])
 
     def stages(self) -> Iterator[str]:
         """Each stage as it begins, until the run ends."""
@@ -198,9 +206,15 @@ def undisturbed(study: Study) -> dict[str, float]:
     return {family: min(values) for family, values in lasted.items()}
 
 
-def disturbed(study: Study, shares: dict[str, int], lasts: dict[str, float], seed: int) -> list[Kill]:
-    """Kills the study until every family has had its share, and lets it end."""
-    chance, kills, done = random.Random(seed), [], Counter[str]()
+def disturbed(
+    study: Study, shares: dict[str, int], lasts: dict[str, float], seed: int
+) -> tuple[list[Kill], Counter[str]]:
+    """Kills the study until every family has had its share, and lets it end.
+
+    Returns:
+        the kills, and how often each stage was completed.
+    """
+    chance, kills, done, completed = random.Random(seed), [], Counter[str](), Counter[str]()
     while True:
         run, kill = study.start(), None
         for stage in run.stages():
@@ -213,10 +227,11 @@ def disturbed(study: Study, shares: dict[str, int], lasts: dict[str, float], see
                     print(f"{len(kills):4} {kill}", flush=True)
                     break
         code = run.end()
+        completed += run.completed()
         assert code == 0 or kill is not None, f"failed by itself:\n{''.join(run.output[-25:])}"
         if code == 0:
             if not (quick := [family for family, share in shares.items() if done[family] < share]):
-                return kills
+                return kills, completed
             for family in quick:  # it was through before it could be killed: once more
                 forget(study, family)
 
@@ -279,8 +294,9 @@ def differing(first: Study, second: Study) -> list[str]:
     return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name) and "cost" not in name)
 
 
-def left_behind(study: Study) -> list[str]:
-    """Temporary files, checkpoints, and MLflow's runs that are RUNNING or shown twice."""
+def left_behind(study: Study, completed: Counter[str]) -> list[str]:
+    """Temporary files, checkpoints, and MLflow's runs that are RUNNING or more than were completed."""
+    study.check()  # as the next start does
     found = [f"temporary file {path}" for path in study.temporaries()]
     found += [f"checkpoint {path}" for path in (study.folder / ".ckpt").glob("*/*/")]
     for _ in range(2):
@@ -288,6 +304,7 @@ def left_behind(study: Study) -> list[str]:
             [sys.executable, "-m", "attention_transfer", "sync"],
             cwd=study.folder,
             env=study.environment(""),
+            stdout=subprocess.DEVNULL,
             check=True,
         )
     told = subprocess.run(
@@ -299,9 +316,9 @@ def left_behind(study: Study) -> list[str]:
         text=True,
     )
     runs = json.loads(told.stdout.splitlines()[-1])
-    found += [f"run {name} is RUNNING" for name, status, *_ in runs if status == "RUNNING"]
-    shown = Counter(tuple(key) for _, status, *key in runs if status == "FINISHED")
-    return found + [f"runs of {key}: {count}" for key, count in shown.items() if count > 1]
+    found += [f"run {stage} is RUNNING" for stage, status in runs if status == "RUNNING"]
+    shown = Counter(stage for stage, status in runs if status == "FINISHED" and stage)
+    return found + [f"{count} runs of {stage}" for stage, count in shown.items() if count > completed[stage]]
 
 
 RUNS = """
@@ -309,8 +326,9 @@ import json
 from pathlib import Path
 from attention_transfer.tracking.database import connect
 runs = connect(Path()).search("tags.kind = 'stage'")
-keys = ("study", "stage", "run", "seed", "fingerprint")
-print(json.dumps([[r.info.run_name, r.info.status, *(r.data.tags.get(key) for key in keys)] for r in runs]))
+runs = [run for run in runs if run.data.tags["study"] == "smoke"]
+stages = [run.data.tags.get("dvc.stage", "").rpartition(":")[2] for run in runs]
+print(json.dumps([[stage, run.info.status] for stage, run in zip(stages, runs)]))
 """
 
 
@@ -330,8 +348,8 @@ def main() -> None:
     lasts = undisturbed(whole)
     each, rest = divmod(options.kills, len(chosen))
     shares = {family: each + (index < rest) for index, family in enumerate(chosen)}
-    kills = disturbed(killed, shares, lasts, options.seed)
-    differ, left = differing(whole, killed), left_behind(killed)
+    kills, completed = disturbed(killed, shares, lasts, options.seed)
+    differ, left = differing(whole, killed), left_behind(killed, completed)
     result = {
         "kills": [asdict(kill) for kill in kills],
         "files": len(contents(whole)),

@@ -42,6 +42,7 @@ def main(this: Stage) -> None:
         missing = [
             which for which in made if not predictions.matches(folder / f"{which}.safetensors", made[which])
         ]
+        this.paths = {"predictions": f"{len(missing)} of {len(made)} sets computed, the others kept"}
         if missing:
             predict = predictor(parts, name, seed)
             for which in tqdm(missing, desc=this.label, unit="set", mininterval=5, delay=2):
@@ -55,7 +56,7 @@ def main(this: Stage) -> None:
         for path in folder.iterdir():
             if path.stem not in made:
                 path.unlink()
-        return {"sets": len(made), "computed": len(missing)}
+        return {"sets": len(made)}
 
     this.run(
         params={

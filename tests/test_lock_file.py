@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -79,6 +84,34 @@ def test_entries_of_stages_that_ran_since_the_copy_stay() -> None:
     Path("dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": newer}))
     assert lock_file.mend("core") == 1
     assert stages() == {**newer, **STAGES}
+
+
+def test_nothing_is_mended_under_a_living_dvc(tmp_path: Path) -> None:
+    """DVC's own file of locks names processes: one that is at work, one that has gone, one that is no DVC."""
+    Path("dvc.lock").write_text(TEXT[: len(TEXT) // 2])
+    Path(".dvc/tmp").mkdir(parents=True)
+    program = tmp_path / "dvc"
+    program.write_text("import time\ntime.sleep(60)\n")
+    with subprocess.Popen([sys.executable, program, "repro"]) as running:
+        for process, mended in ((running.pid, False), (os.getpid(), True), (2**22 + 1, True)):
+            locks = {"write": {str(tmp_path / "runs"): {"pid": process, "cmd": "dvc repro"}}}
+            Path(".dvc/tmp/rwlock").write_text(json.dumps(locks))
+            assert bool(lock_file.mend("core")) == mended
+            Path("dvc.lock").write_text(TEXT[: len(TEXT) // 2])
+        running.kill()
+
+
+@pytest.mark.parametrize(("entry", "left"), [("recorded", False), ("of another result", True)])
+def test_checkpoints_go_when_their_result_is_in_the_lock_file(entry: str, left: bool) -> None:
+    record, done = Path("metrics/run.json"), Path(".ckpt/core/train-copy-0-f0/done")
+    for path in (record, done):
+        path.parent.mkdir(parents=True)
+    record.write_text("result")
+    done.write_text(str(record))
+    digest = hashlib.md5(b"result" if entry == "recorded" else b"other").hexdigest()
+    Path("dvc.lock").write_text(f"stages:\n  train@copy-0:\n    outs:\n    - md5: {digest}\n")
+    lock_file.forget_checkpoints("core")
+    assert done.parent.exists() == left
 
 
 def test_damage_without_a_copy_is_named() -> None:

@@ -407,9 +407,10 @@ def test_added_shift_computes_its_predictions_alone(study: Study) -> None:
         after = digests(folder)
         assert after.keys() - before[key].keys() == added
         assert {name: after[name] for name in before[key]} == before[key]
-        metrics = study.json(f"metrics/smoke/predict/{key[0]}/{key[1]}/metrics.json")
-        assert metrics["computed"] == len(severities)
-        assert metrics["sets"] == len(after)
+        record = f"metrics/smoke/predict/{key[0]}/{key[1]}"
+        assert study.json(f"{record}/metrics.json")["sets"] == len(after)
+        kept = study.json(f"{record}/run.json")["paths"]["predictions"]
+        assert kept == f"{len(severities)} of {len(after)} sets computed, the others kept"
     now = digests(study.folder / "runs/smoke/shifts")
     kept = {name for name in images if name.endswith("-1.npz") or name.endswith("-5.npz") or "digits" in name}
     assert len(kept) == 5

@@ -14,13 +14,14 @@ from attention_transfer.layout import Layout
 def check(arguments: argparse.Namespace) -> None:
     """Checks the whole file, shapes and disk room included, and says what the caches will take.
 
-    Also mends DVC's lock file after a kill.
+    Also mends DVC's lock file after a kill, and removes checkpoints that are done with.
     """
     from attention_transfer import config, lock_file, plan
 
     study = config.load(arguments.params)
     if count := lock_file.mend(study.name):
         print(f"{lock_file.path(study.name)}: put back {count} stages that were cut off")
+    lock_file.forget_checkpoints(study.name)
     plan.check_room(study, Layout(study.name), arguments.params)
     for name in study.teachers:
         print(f"attention of {name}: {plan.attention_source(study, name)}")

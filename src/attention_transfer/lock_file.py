@@ -7,17 +7,21 @@ runs every other stage again. So a stage keeps a copy as it begins, when DVC is 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from attention_transfer.errors import StudyError
 from attention_transfer.files import write_text
 
 NAME = "dvc.lock"  # also of the copy, which lies among the study's checkpoints
+DONE = "done"  # in a checkpoint's folder: the stage has written all of its outputs
 
 
 def path(study: str) -> Path:
@@ -27,7 +31,7 @@ def path(study: str) -> Path:
 
 
 def _copy(study: str) -> Path:
-    return Path(os.environ.get("DVC_ROOT", ".")) / ".ckpt" / study / NAME
+    return _root() / ".ckpt" / study / NAME
 
 
 def keep(study: str) -> None:
@@ -41,12 +45,14 @@ def keep(study: str) -> None:
 
 
 def mend(study: str) -> int:
-    """Puts back the entries that a kill has cut off: their number.
+    """Puts back the entries that a kill has cut off: their number. While DVC is at work, none.
 
     Raises:
         StudyError: the lock file is damaged, and there is no copy.
     """
     lock, copy = path(study), _copy(study)
+    if _at_work():
+        return 0
     if not copy.exists():
         if lock.exists() and _stages(lock) is None:
             raise StudyError(
@@ -64,6 +70,38 @@ def mend(study: str) -> int:
         whole = {"schema": "2.0", "stages": {**found, **kept}}
         write_text(lock, yaml.safe_dump(whole, sort_keys=False))
     return len(lost)
+
+
+def forget_checkpoints(study: str) -> None:
+    """Removes the checkpoints of stages whose outputs are in the lock file, and no others.
+
+    A stage that was killed between its end and the lock file runs again: from its last checkpoint.
+    """
+    lock = path(study)
+    locked = lock.read_text() if lock.exists() else ""
+    for done in (_root() / ".ckpt" / study).glob(f"*/{DONE}"):
+        record = Path(done.read_text())
+        if record.exists() and hashlib.md5(record.read_bytes()).hexdigest() in locked:
+            shutil.rmtree(done.parent, ignore_errors=True)
+
+
+def _at_work() -> bool:
+    """Whether a living DVC reads or writes here: this file says what it locks, and the processes that do."""
+    locked = _root() / ".dvc" / "tmp" / "rwlock"
+    text = locked.read_text() if locked.exists() else ""
+    return any(map(_is_dvc, set(re.findall(r'"pid": (\d+)', text))))
+
+
+def _is_dvc(process: str) -> bool:
+    try:
+        return any(Path(word).name == "dvc" for word in psutil.Process(int(process)).cmdline())
+    except psutil.Error:  # gone, or of another user
+        return False
+
+
+def _root() -> Path:
+    """The repository, also when a stage of an experiment runs in a copy of it."""
+    return Path(os.environ.get("DVC_ROOT", "."))
 
 
 def _names(text: str) -> set[str]:

@@ -12,9 +12,7 @@ import contextlib
 import datetime
 import functools
 import gc
-import hashlib
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -34,7 +32,6 @@ gc.disable()  # until `run_script`
 STARTED = time.time()  # the interpreter's own start is 0.1 s back; what the kernel knows of it can be 1 s off
 
 SECONDS_BEFORE_SHOWN = 5.0  # mlflow takes 3 s to import and open, too much for work that takes seconds
-DONE = "done"  # in a checkpoint's folder: the stage has written all of its outputs
 
 
 @dataclass
@@ -97,6 +94,7 @@ class Stage:
         work: Callable[[], Mapping[str, Any]],
         live: bool,
         patience: float = SECONDS_BEFORE_SHOWN,
+        resumes: bool = True,
     ) -> None:
         """Does the stage's work under tracking, then writes its records, run.json last.
 
@@ -107,11 +105,12 @@ class Stage:
             live: show it in MLflow while it runs. Stages that take seconds leave their record to the
                 report's `sync`.
             patience: seconds of work before it is shown live; what ends sooner is left to `sync` too.
+            resumes: after a kill it goes on with the same MLflow run.
         """
         self.params, self.inputs = dict(params), dict(inputs)
         kept = self.checkpoints() / "mlflow_run_id"
         with (
-            self._tracked(kept, patience)
+            self._tracked(kept if resumes else None, patience)
             if live
             else contextlib.nullcontext(tracking.Unshown()) as self.tracker
         ):
@@ -124,9 +123,12 @@ class Stage:
                 if (path := self.record / file).exists():
                     self.tracker.log_artifact(path)
         if self.checkpoints().exists():
-            write_text(self.checkpoints() / DONE, str(self.record / "run.json"))
+            write_text(self.checkpoints() / lock_file.DONE, str(self.record / "run.json"))
 
-    def _tracked(self, kept: Path, patience: float) -> contextlib.AbstractContextManager[tracking.Tracker]:
+    def _tracked(
+        self, kept: Path | None, patience: float
+    ) -> contextlib.AbstractContextManager[tracking.Tracker]:
+        run_id = kept.read_text().strip() if kept and kept.exists() else None
         return tracking.start(
             study=self.study.name,
             stage=self.name,
@@ -136,9 +138,9 @@ class Stage:
             seed=self.instance.get("seed"),
             run=self.instance.get("run"),
             inputs=self.inputs,
-            resume_run_id=kept.read_text().strip() if kept.exists() else None,
-            opened=lambda run_id: write_text(kept, run_id),
-            patience=0.0 if kept.exists() else patience,
+            resume_run_id=run_id,
+            opened=lambda opened: write_text(kept, opened) if kept else None,
+            patience=0.0 if run_id else patience,
             root=Path(),
         )
 
@@ -167,19 +169,6 @@ class Stage:
             },
             [*sorted(path for path in beside if path.name != run_record.RUN), *self.outputs],
         )
-
-
-def forget_checkpoints(study: str) -> None:
-    """Removes the checkpoints of stages whose outputs are in DVC's lock file, and no others.
-
-    A stage that was killed between its end and the lock file runs again: from its last checkpoint.
-    """
-    lock = lock_file.path(study)
-    locked = lock.read_text() if lock.exists() else ""
-    for done in (Path(os.environ.get("DVC_ROOT", ".")) / ".ckpt" / study).glob(f"*/{DONE}"):
-        record = Path(done.read_text())
-        if record.exists() and hashlib.md5(record.read_bytes()).hexdigest() in locked:
-            shutil.rmtree(done.parent, ignore_errors=True)
 
 
 def _nested(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,7 +226,7 @@ def run_script(name: str, work: Callable[[Stage], None], script: str, **argument
         study = config.load(path)
         _known(given, study, path)
         lock_file.keep(study.name)
-        forget_checkpoints(study.name)
+        lock_file.forget_checkpoints(study.name)
         work(Stage(name, given, study, path, Path(script), Layout(study.name)))
     except StudyError as error:
         sys.exit(f"error: {error}")
