@@ -27,10 +27,10 @@ def main(this: Stage) -> None:
     name, seed = this.instance["run"], this.instance["seed"]
     study, layout = this.study, this.layout
     parts = Parts(study, layout, machine.prepare())
-    read_sealed(layout.resolved(name), made_by=f"resolve@{name}")
+    resolved = read_sealed(layout.resolved(name), made_by=f"resolve@{name}")
     inputs = {
         "student": sha256(layout.student(name, seed) / "model.safetensors"),
-        "resolved": sha256(layout.resolved(name)),
+        "resolved": fingerprint(resolved),
         "images": parts.description.fingerprint,
         "validation": sha256(layout.splits / "validation.txt"),
         "shifts": sha256(layout.shifts / shifted.MANIFEST),

@@ -5,7 +5,7 @@ from attention_transfer.stage import Stage, run_script
 from typing import Any
 
 from attention_transfer.assembly import Parts
-from attention_transfer.files import read_sealed, sha256, write_csv
+from attention_transfer.files import fingerprint, read_sealed, sha256, write_csv
 from attention_transfer.fitting import fit_student, save_student
 from attention_transfer.training import machine
 from attention_transfer.transfer import methods
@@ -16,7 +16,7 @@ def main(this: Stage) -> None:
     study, layout = this.study, this.layout
     run = study.runs[name]
     parts = Parts(study, layout, machine.prepare())
-    read_sealed(layout.resolved(name), made_by=f"resolve@{name}")
+    resolved = read_sealed(layout.resolved(name), made_by=f"resolve@{name}")
     this.paths = methods.paths(study, name, device=parts.device.type)
 
     def work() -> dict[str, Any]:
@@ -56,7 +56,7 @@ def main(this: Stage) -> None:
             "images": parts.description.fingerprint,
             "labelled": sha256(layout.splits / "labelled.txt"),
             "validation": sha256(layout.splits / "validation.txt"),
-            "resolved": sha256(layout.resolved(name)),
+            "resolved": fingerprint(resolved),
         },
         work=work,
         live=True,

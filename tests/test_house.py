@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # Transfer knows tensors, and attention as they are read and replaced, but no model by name.
     "transfer": ("errors", "files", "models.attention", "models.tokens"),
     "transfer.losses": ("blocks",),
-    "transfer.joint_attention": ("blocks",),
+    "transfer.joint_attention": ("blocks", "transfer.losses"),
     "transfer.methods": (
         "config",
         "models.constant_map",

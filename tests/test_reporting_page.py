@@ -248,3 +248,25 @@ def test_a_study_that_cannot_be_reported(tmp_path: Path, change: dict[str, objec
 def test_reporting_imports_neither_torch_nor_mlflow() -> None:
     code = "import sys, attention_transfer.reporting.page; sys.exit(bool({'torch', 'mlflow'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"), [("full", "No space left"), ("read-only", "Read-only file system")]
+)
+def test_where_no_report_can_be_written_one_error_names_the_file(
+    fault: str, reason: str, tmpfs: Path, tmp_path: Path
+) -> None:
+    """A figure does not fit; what is there is whole, and with more room the report is made."""
+    study = synthetic.study(evaluation__severities=(1, 5), evaluation__shifts=("fog", "jpeg"))
+    metrics, artifacts = synthetic.write(tmp_path / "records", study, Numbers())
+    subprocess.run(
+        ["mount", "-o", "remount,ro" if fault == "read-only" else "remount,size=100k", tmpfs], check=True
+    )
+    with pytest.raises(StudyError, match=f"cannot be written: {reason}") as caught:
+        page.build(study, metrics, artifacts, tmpfs / "report")
+    assert Path(caught.value.where).is_relative_to(tmpfs / "report")
+    assert not list(tmpfs.rglob(".tmp-*"))
+    assert not (tmpfs / "report" / "report.html").exists()
+    subprocess.run(["mount", "-o", "remount,rw,size=50m", tmpfs], check=True)
+    page.build(study, metrics, artifacts, tmpfs / "report")
+    assert (tmpfs / "report" / "report.html").read_text(encoding="utf-8").endswith("</html>\n")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import math
 import os
+import shutil
 import signal
+import subprocess
 import unittest.mock
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -223,6 +225,34 @@ def test_a_damaged_checkpoint_is_refused_with_its_path(damage: Any, tmp_path: Pa
         run(Task(), tmp_path)
     assert caught.value.where == str(path)
     assert "delete this file" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"), [("full", "No space left"), ("read-only", "Read-only file system")]
+)
+def test_where_no_checkpoint_can_be_written_the_last_one_is_kept(
+    fault: str, reason: str, tmpfs: Path, uninterrupted: Callable[[Recipe], Any]
+) -> None:
+    with pytest.raises(SystemExit):
+        run(Killed(5, "SIGTERM"), tmpfs / "state")
+    if fault == "full":
+        (tmpfs / "other").write_bytes(bytes(shutil.disk_usage(tmpfs).free))
+    else:
+        subprocess.run(["mount", "-o", "remount,ro", str(tmpfs)], check=True)
+    with pytest.raises(StudyError, match=f"cannot be written: {reason}") as caught:
+        run(Killed(8, "SIGTERM"), tmpfs / "state")
+    assert caught.value.where == str(tmpfs / "state" / "state.pt")
+    assert [path.name for path in (tmpfs / "state").iterdir()] == ["state.pt"]
+    if fault == "full":
+        (tmpfs / "other").unlink()
+    else:
+        subprocess.run(["mount", "-o", "remount,rw", str(tmpfs)], check=True)
+    task = Task()
+    model, history, _ = run(task, tmpfs / "state")
+    assert task.asked[0] == divmod(6, 4)
+    expected, whole, _ = uninterrupted(Recipe())
+    assert same(model, expected)
+    assert history == whole
 
 
 def test_a_checkpoint_that_is_removed_starts_anew(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attention_transfer.blocks import BLOCK_BYTES, blocks, is_small
+from attention_transfer.transfer.losses import checked_scales
 
 Path = Literal["joint", "streamed"]
 
@@ -51,16 +52,10 @@ def attention_and_cross_entropy(
         The mixed values, (batch, heads, tokens, value_dim), and a float32 scalar (float64 for float64): mean
         over batch, heads and queries.
     """
-    for given in (teacher_queries, teacher_keys):
-        if given.shape[:-1] != queries.shape[:-1] or keys.shape != queries.shape:
-            raise ValueError(
-                f"expected student queries and keys for a teacher's {tuple(given.shape)}, "
-                f"got {tuple(queries.shape)} and {tuple(keys.shape)}"
-            )
-    scales = (
-        queries.shape[-1] ** -0.5 if scale is None else scale,
-        teacher_queries.shape[-1] ** -0.5 if teacher_scale is None else teacher_scale,
+    teacher_scale, scale = checked_scales(
+        teacher_queries, teacher_keys, queries, keys, teacher_scale=teacher_scale, scale=scale
     )
+    scales = (scale, teacher_scale)
     mixed, loss = _Joint.apply(queries, keys, values, teacher_queries, teacher_keys, scales, block_bytes)
     return mixed, loss
 

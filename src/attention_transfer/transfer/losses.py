@@ -79,17 +79,11 @@ def streamed_attention_cross_entropy(
     Returns:
         A float32 scalar (float64 for float64): mean over batch, heads and queries.
     """
-    batch, heads, tokens, _ = queries.shape
-    for given in (teacher_queries, teacher_keys):
-        if given.shape[:-1] != (batch, heads, tokens) or keys.shape != queries.shape:
-            raise ValueError(
-                f"expected student queries and keys for a teacher's {tuple(given.shape)}, "
-                f"got {tuple(queries.shape)} and {tuple(keys.shape)}"
-            )
-    scales = (
-        (teacher_queries.shape[-1] ** -0.5 if teacher_scale is None else teacher_scale) / temperature,
-        (queries.shape[-1] ** -0.5 if scale is None else scale) / temperature,
+    teacher_scale, scale = checked_scales(
+        teacher_queries, teacher_keys, queries, keys, teacher_scale=teacher_scale, scale=scale
     )
+    heads, tokens = queries.shape[1:3]
+    scales = (teacher_scale / temperature, scale / temperature)
     biases = [
         None if given is None else (given / temperature).broadcast_to(1, heads, tokens, tokens).squeeze(0)
         for given in (teacher_bias, bias)
@@ -98,6 +92,32 @@ def streamed_attention_cross_entropy(
         teacher_queries, teacher_keys, biases[0], queries, keys, biases[1], scales, block_bytes
     )
     return loss
+
+
+def checked_scales(
+    teacher_queries: Tensor,
+    teacher_keys: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    *,
+    teacher_scale: float | None,
+    scale: float | None,
+) -> tuple[float, float]:
+    """The scales of a teacher's and a student's logits: 1 / sqrt(head_dim) where they are None.
+
+    Raises:
+        ValueError: the maps of the two would not have one shape.
+    """
+    for given in (teacher_queries, teacher_keys):
+        if given.shape[:-1] != queries.shape[:-1] or keys.shape != queries.shape:
+            raise ValueError(
+                f"expected student queries and keys for a teacher's {tuple(given.shape)}, "
+                f"got {tuple(queries.shape)} and {tuple(keys.shape)}"
+            )
+    return (
+        teacher_queries.shape[-1] ** -0.5 if teacher_scale is None else teacher_scale,
+        queries.shape[-1] ** -0.5 if scale is None else scale,
+    )
 
 
 class _Streamed(torch.autograd.Function):

@@ -1,0 +1,85 @@
+"""A short run of the fault driver, the long one being recorded in docs/reliability.md; and two DVCs at once."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "faults"))
+
+import kill  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def driven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two kills in each of four stages, of a part of the smoke study; the moments are drawn from a fixed seed."""
+    folder = tmp_path_factory.mktemp("faults")
+    command = [sys.executable, "faults/kill.py", folder, "--kills", "8", "--small", "--seed", "1"]
+    ended = subprocess.run(
+        [*command, "--stages", "pretrain,cache,train,predict"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1200,
+    )
+    assert (folder / "kills.json").exists(), ended.stdout + ended.stderr
+    return folder
+
+
+def test_eight_kills_change_no_bit_and_leave_nothing_behind(driven: Path) -> None:
+    found = json.loads((driven / "kills.json").read_text())
+    assert len(found["kills"]) == 8
+    assert (found["differing"], found["left_behind"]) == ([], [])
+    assert found["bit_identical"]
+    assert found["files"] > 20
+
+
+def start(study: kill.Study, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        ["dvc", "repro", *arguments],
+        cwd=study.folder,
+        env=study.environment(""),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def right_or_refused(*started: subprocess.Popen[str]) -> list[bool]:
+    """Which of them ended well; DVC says of what the others wanted that it is busy."""
+    texts = [process.communicate(timeout=600)[0] for process in started]
+    for process, text in zip(started, texts, strict=True):
+        assert process.returncode == 0 or re.search(r"is busy|Unable to acquire lock", text), text[-2000:]
+    return [process.returncode == 0 for process in started]
+
+
+def test_two_dvc_repro_in_one_checkout(driven: Path) -> None:
+    """Started at the same moment on a study of which nothing is there yet."""
+    study = kill.Study(driven / "shared", small=True)
+    right_or_refused(*(start(study, kill.GRAPH) for _ in range(2)))
+    assert right_or_refused(start(study, kill.GRAPH)) == [True]
+    assert kill.differing(kill.Study(driven / "undisturbed"), study) == []
+    assert "didn't change" in start(study, kill.GRAPH).communicate()[0]
+    assert study.temporaries() == set()
+
+
+def test_stages_side_by_side_and_a_report_beside_a_training(driven: Path) -> None:
+    """Forced to run again, with the same results: two trainings, and what reads their records."""
+    study = kill.Study(driven / "undisturbed")
+    before = kill.contents(study)
+    stages = ("train@scratch-0", "train@distill-0", "evaluate", "report")
+    ended = right_or_refused(
+        *(start(study, "--force", "--single-item", f"{kill.GRAPH}:{stage}") for stage in stages)
+    )
+    assert any(ended)
+    assert right_or_refused(start(study, kill.GRAPH)) == [True]
+    assert kill.contents(study) == before
