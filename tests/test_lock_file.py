@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -86,19 +84,26 @@ def test_entries_of_stages_that_ran_since_the_copy_stay() -> None:
     assert stages() == {**newer, **STAGES}
 
 
-def test_nothing_is_mended_under_a_living_dvc(tmp_path: Path) -> None:
-    """DVC's own file of locks names processes: one that is at work, one that has gone, one that is no DVC."""
+@pytest.mark.parametrize(("place", "mended"), [(".", False), ("runs", False), ("..", True)])
+def test_nothing_is_mended_under_a_dvc_that_works_here(place: str, mended: bool, repository: Path) -> None:
     Path("dvc.lock").write_text(TEXT[: len(TEXT) // 2])
-    Path(".dvc/tmp").mkdir(parents=True)
-    program = tmp_path / "dvc"
+    Path("runs").mkdir()
+    program = repository / "dvc"
     program.write_text("import time\ntime.sleep(60)\n")
-    with subprocess.Popen([sys.executable, program, "repro"]) as running:
-        for process, mended in ((running.pid, False), (os.getpid(), True), (2**22 + 1, True)):
-            locks = {"write": {str(tmp_path / "runs"): {"pid": process, "cmd": "dvc repro"}}}
-            Path(".dvc/tmp/rwlock").write_text(json.dumps(locks))
-            assert bool(lock_file.mend("core")) == mended
-            Path("dvc.lock").write_text(TEXT[: len(TEXT) // 2])
+    with subprocess.Popen([sys.executable, program, "repro"], cwd=repository / place) as running:
+        assert bool(lock_file.mend("core")) == mended
         running.kill()
+    if not mended:
+        assert lock_file.mend("core") > 0
+
+
+@pytest.mark.parametrize(("content", "left"), [("", False), ('{"read": {"/x": [{"pi', False), ("{}", True)])
+def test_half_a_note_of_locks_goes_and_a_whole_one_stays(content: str, left: bool) -> None:
+    note = Path(".dvc/tmp/rwlock")
+    note.parent.mkdir(parents=True)
+    note.write_text(content)
+    lock_file.mend("core")
+    assert note.exists() == left
 
 
 @pytest.mark.parametrize(("entry", "left"), [("recorded", False), ("of another result", True)])

@@ -1,13 +1,15 @@
-"""DVC's lock file survives a kill.
+"""DVC's files survive a kill.
 
-DVC writes it in place: killed meanwhile, it leaves half of it, which it then refuses, or takes for the whole and
-runs every other stage again. So a stage keeps a copy as it begins, when DVC is not writing, and `mend`, with which
-`make study` begins, puts back what has been cut off. An entry too many does no harm: DVC compares each with the files.
+DVC writes its lock file in place: killed meanwhile, it leaves half of it, which it then refuses, or takes for the
+whole and runs every other stage again. So a stage keeps a copy as it begins, when DVC is not writing, and `mend`,
+with which `make study` begins, puts back what has been cut off. An entry too many does no harm: DVC compares each
+with the files.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -45,7 +47,7 @@ def keep(study: str) -> None:
 
 
 def mend(study: str) -> int:
-    """Puts back the entries that a kill has cut off: their number. While DVC is at work, none.
+    """Puts back the entries that a kill has cut off: their number. While a DVC is at work, nothing is done.
 
     Raises:
         StudyError: the lock file is damaged, and there is no copy.
@@ -53,6 +55,7 @@ def mend(study: str) -> int:
     lock, copy = path(study), _copy(study)
     if _at_work():
         return 0
+    _forget_damaged_locks()
     if not copy.exists():
         if lock.exists() and _stages(lock) is None:
             raise StudyError(
@@ -86,17 +89,30 @@ def forget_checkpoints(study: str) -> None:
 
 
 def _at_work() -> bool:
-    """Whether a living DVC reads or writes here: this file says what it locks, and the processes that do."""
-    locked = _root() / ".dvc" / "tmp" / "rwlock"
-    text = locked.read_text() if locked.exists() else ""
-    return any(map(_is_dvc, set(re.findall(r'"pid": (\d+)', text))))
+    """Whether a DVC is running in this repository."""
+    root = _root().resolve()
+    for process in psutil.process_iter():
+        try:
+            is_dvc = any(Path(word).name == "dvc" for word in process.cmdline())
+            if is_dvc and Path(process.cwd()).is_relative_to(root):
+                return True
+        except psutil.Error:  # gone, or of another user
+            continue
+    return False
 
 
-def _is_dvc(process: str) -> bool:
+def _forget_damaged_locks() -> None:
+    """Removes DVC's note of which process reads and writes what, if a kill has left half of it.
+
+    DVC would refuse to work; where no DVC is at work, the note says nothing.
+    """
+    note = _root() / ".dvc" / "tmp" / "rwlock"
     try:
-        return any(Path(word).name == "dvc" for word in psutil.Process(int(process)).cmdline())
-    except psutil.Error:  # gone, or of another user
-        return False
+        json.loads(note.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return
+    except ValueError:
+        note.unlink()
 
 
 def _root() -> Path:
