@@ -63,6 +63,13 @@ SECTIONS = (
         "(`posix_fadvise`, DONTNEED); Linux's count of bytes fetched from storage is checked after it.",
     ),
     (
+        "determinism",
+        "Deterministic kernels",
+        "A training step with PyTorch's deterministic algorithms against the same step with PyTorch's choice of "
+        "kernels; 1.1 means a tenth slower. *As trained* is what every stage does; *filled* is PyTorch's own "
+        "setting, which fills every new tensor with NaN first.",
+    ),
+    (
         "waiting for data",
         "Waiting for data",
         "Rendering views and reading attention in the default study's runs: the share of a step that the same "

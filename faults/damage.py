@@ -2,10 +2,11 @@
 
     python faults/damage.py FOLDER [--artifacts "student weights,.."]
 
-FOLDER gets two copies of this repository with finished smoke studies, the second with other seeds:
-its files are the `older` ones. Bits are flipped and blocks zeroed without a change of size or time, which DVC does
-not see: the stage that reads the file is made to run, and must refuse it. Files that are truncated, replaced
-or deleted are DVC's to find: it must make them anew before anything reads them.
+FOLDER gets two copies of this repository with finished smoke studies, the second with other seeds: its files are
+the `older` ones, where they differ. What FOLDER/damages.json says of other artifacts stays. Bits are flipped and
+blocks zeroed without a change of size or time, which DVC does not see: the stage that reads the file is made to
+run, and must refuse it. Files that are truncated, replaced or deleted are DVC's to find: it must make them anew
+before anything reads them, or their reader refuses them.
 """
 
 from __future__ import annotations
@@ -77,7 +78,13 @@ ARTIFACTS = (
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of one damage: an error that names the file, or the file made anew before it was read."""
+    """What became of one damage.
+
+    Attributes:
+        detected: an error named the file, and its command mended it; or DVC made it anew before it was read. Then
+            the file was the same again.
+        message: the error.
+    """
 
     artifact: str
     damage: str
@@ -133,31 +140,41 @@ UNSEEN_BY_DVC = ("bit flipped", "block zeroed")
 
 
 def examine(study: Study, older: Study, artifact: Artifact, damage: str) -> Finding:
-    """Damages the file, lets the study meet it, and makes it whole again."""
+    """Damages the file, lets the study meet it, and makes it whole again by the command that the study names."""
     path = next(study.folder.glob(artifact.glob))
     name, whole = path.relative_to(study.folder), path.read_bytes()
     DAMAGES[damage](path, older.folder / name)
-    direct = damage in UNSEEN_BY_DVC or artifact.maker is None
-    if direct:
+    if damage in UNSEEN_BY_DVC or artifact.maker is None:
         if artifact.remove:
             (study.folder / artifact.remove).unlink()
         ended = dvc(study, "--force", "--single-item", f"{GRAPH}:{artifact.reader}")
-        told = [line for line in ended.stdout.splitlines() if line.startswith("error:") or str(name) in line]
-        detected = ended.returncode != 0 and any(str(name) in line for line in told)
-        message = next((line for line in told if line.startswith("error:")), "nothing")
     else:
         ended = dvc(study)
-        stages = re.findall(r"Running stage '[^:]*:([^']*)'", ended.stdout)
-        detected = ended.returncode == 0 and stages[:1] == [artifact.maker]
-        message = f"DVC makes it anew, first of {len(stages)} stages" if detected else ended.stdout[-300:]
-        if name.suffix != ".json" or "run.json" not in name.name:
-            detected = detected and path.read_bytes() == whole
-    if direct:
-        path.unlink(missing_ok=True)
+    told = next((line for line in ended.stdout.splitlines() if line.startswith("error:")), "")
+    stages = re.findall(r"Running stage '[^:]*:([^']*)'", ended.stdout)
+    refused = ended.returncode != 0 and str(name) in told
+    anew = ended.returncode == 0 and damage not in UNSEEN_BY_DVC and stages[:1] == [artifact.maker]
+    mended = True
+    if artifact.maker is None:
         path.write_bytes(whole)
-        assert dvc(study).returncode == 0, f"{artifact.name}, {damage}: the study does not recover"
+    elif refused:
+        remedy = re.search(r"python (-m attention_transfer remake \S+)", ended.stdout)
+        mended = remedy is not None and run(study, sys.executable, *remedy[1].split()).returncode == 0
+    after = dvc(study)
+    # What holds times and versions is another file each time.
+    mended = mended and after.returncode == 0 and (name.name == "run.json" or path.read_bytes() == whole)
+    detected = mended and (refused or anew)
+    message = told or ("made anew by DVC" if anew else ended.stdout[-300:])
+    if not mended:
+        message += f"\n  not mended: {after.stdout[-300:]}"
     print(f"{artifact.name}, {damage}: {'detected' if detected else 'NOT DETECTED'}: {message}", flush=True)
     return Finding(artifact.name, damage, detected, message)
+
+
+def differs(study: Study, older: Study, artifact: Artifact) -> bool:
+    """Whether there is another version of a file at all: images do not depend on a seed."""
+    path = next(study.folder.glob(artifact.glob))
+    return path.read_bytes() != (older.folder / path.relative_to(study.folder)).read_bytes()
 
 
 def bring_data(folder: Path) -> None:
@@ -172,8 +189,12 @@ def bring_data(folder: Path) -> None:
 
 
 def dvc(study: Study, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return run(study, "dvc", "repro", *(arguments or [GRAPH]))
+
+
+def run(study: Study, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        ["dvc", "repro", *(arguments or [GRAPH])],
+        command,
         cwd=study.folder,
         env=study.environment(""),
         stdout=subprocess.PIPE,
@@ -203,10 +224,16 @@ def main() -> None:
         for artifact in ARTIFACTS
         if artifact.name in wanted
         for damage in DAMAGES
-        # Of a data set that the user brings there is no older version, and a missing file is looked for elsewhere.
-        if artifact.maker or damage not in ("older version", "deleted")
+        # Of a data set that the user brings a missing file is looked for elsewhere.
+        if artifact.maker or damage != "deleted"
+        if damage != "older version" or differs(study, older, artifact)
     ]
-    (folder / "damages.json").write_text(json.dumps([asdict(finding) for finding in findings], indent=1))
+    record = folder / "damages.json"
+    if record.exists():
+        findings += [
+            Finding(**found) for found in json.loads(record.read_text()) if found["artifact"] not in wanted
+        ]
+    record.write_text(json.dumps([asdict(finding) for finding in findings], indent=1))
     missed = [finding for finding in findings if not finding.detected]
     print(f"{len(findings)} damages, {len(missed)} not detected")
     sys.exit(bool(missed))

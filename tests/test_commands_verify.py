@@ -104,7 +104,7 @@ def test_a_flipped_bit_is_found(which: str, study_folder: Path, monkeypatch: pyt
     assert said.count("error:") == 1
     assert "shard-00000.safetensors: row" in said
     assert "fails its checksum" in said
-    assert "dvc repro --force --single-item cache@first" in said
+    assert "python -m attention_transfer remake cache@first" in said
 
 
 def test_the_remedy_makes_it_whole(study_folder: Path) -> None:
@@ -119,7 +119,7 @@ def test_the_remedy_names_the_graph_of_a_preset(study_folder: Path) -> None:
     graph.write_text("")
     flip_bit(shard(), -1)
     (problem,) = verify(STUDY)
-    assert problem.remedy.endswith("dvc repro --force --single-item studies/tiny/dvc.yaml:cache@first")
+    assert problem.remedy.endswith("python -m attention_transfer remake studies/tiny/dvc.yaml:cache@first")
 
 
 @pytest.mark.parametrize("name", ["shard-00000.safetensors", "keys.safetensors", "manifest.json"])
@@ -127,7 +127,7 @@ def test_a_missing_file_is_found(name: str, study_folder: Path) -> None:
     (TINY.cache("first") / "views" / name).unlink()
     (problem,) = verify(STUDY)
     assert "missing" in str(problem)
-    assert "--force --single-item cache@first" in problem.remedy
+    assert "remake cache@first" in problem.remedy
 
 
 def test_a_missing_set_is_found(study_folder: Path) -> None:

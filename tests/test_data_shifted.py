@@ -111,7 +111,7 @@ def test_a_damaged_set_is_refused_and_made_again(damage: str, tmp_path: Path) ->
             path.write_bytes(other.read_bytes())
     with pytest.raises(StudyError, match=re.escape(f"{path}: is missing or damaged")) as caught:
         shifted.load(tmp_path, "fog-1")
-    assert "dvc repro --force --single-item shifts" in caught.value.remedy
+    assert "python -m attention_transfer remake shifts" in caught.value.remedy
     assert make(tmp_path, BOTH) == manifest
     shifted.load(tmp_path, "fog-1")
     assert stamps(tmp_path)["jpeg-5"] == before["jpeg-5"]

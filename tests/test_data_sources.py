@@ -423,7 +423,7 @@ def test_every_damage_of_an_array_is_seen(file: str, damage: str, stored: Path) 
             error = caught
         if error is not None:
             assert error.where == str(path)
-            assert "dvc repro --force --single-item data" in error.remedy
+            assert "python -m attention_transfer remake data" in error.remedy
         else:  # a flip in the header that means the same, such as byte order `=` for `<`
             assert np.array_equal(after.images, before.images)
             assert np.array_equal(after.labels, before.labels)

@@ -136,7 +136,7 @@ def test_every_truncation_is_seen(folder: Path) -> None:
         with pytest.raises(StudyError, match=r"is damaged|cannot be read") as caught:
             splits.load(folder, "labelled")
         assert caught.value.where == str(path)
-        assert "dvc repro --force --single-item split" in caught.value.remedy
+        assert "python -m attention_transfer remake split" in caught.value.remedy
 
 
 def edits(lines: list[str]) -> dict[str, list[str]]:

@@ -93,7 +93,7 @@ def test_a_truncated_file_is_refused(kept: int, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(StudyError, match=r"test\.safetensors: is damaged") as caught:
         load(path, made_by="predict@x-0")
-    assert "dvc repro --force --single-item predict@x-0" in caught.value.remedy
+    assert "python -m attention_transfer remake predict@x-0" in caught.value.remedy
     assert not matches(path, "print")
 
 

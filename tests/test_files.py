@@ -188,17 +188,17 @@ def test_a_damaged_json_file_names_its_stage(content: bytes, tmp_path: Path) -> 
     with pytest.raises(StudyError, match="is damaged") as caught:
         files.read_json(path, made_by="data")
     assert caught.value.where == str(path)
-    assert caught.value.remedy.endswith("dvc repro --force --single-item data")
+    assert caught.value.remedy.endswith("python -m attention_transfer remake data")
 
 
 @pytest.mark.parametrize(
     ("at_work", "command"),
     [
-        (None, "dvc repro --force --single-item split"),
-        ("train@copy-0", "dvc repro --force --single-item split"),
+        (None, "python -m attention_transfer remake split"),
+        ("train@copy-0", "python -m attention_transfer remake split"),
         (
             "studies/smoke/dvc.yaml:train@copy-0",
-            "dvc repro --force --single-item studies/smoke/dvc.yaml:split",
+            "python -m attention_transfer remake studies/smoke/dvc.yaml:split",
         ),
     ],
 )
@@ -209,7 +209,7 @@ def test_a_remedy_names_the_graph_at_work(
     if at_work:
         monkeypatch.setenv("DVC_STAGE", at_work)
     assert repro("split", again=True) == command
-    assert repro("split") == command.replace("--force --single-item ", "")
+    assert repro("split") == command.replace("python -m attention_transfer remake", "dvc repro")
 
 
 def test_a_folder_is_no_json_file(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_no_flipped_bit_of_a_sealed_file_goes_unnoticed(tmp_path: Path) -> None:
         except StudyError as error:
             refused += 1
             assert error.where == str(path)  # noqa: PT017
-            assert "--single-item data" in error.remedy  # noqa: PT017
+            assert "remake data" in error.remedy  # noqa: PT017
     assert refused > 7 * len(whole)
 
 

@@ -224,5 +224,5 @@ def test_a_truncated_student_is_refused_with_its_stage(tmp_path: Path) -> None:
     students.save(tmp_path, student(), make_arguments(), ())
     path = tmp_path / vit.WEIGHTS
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(StudyError, match="dvc repro --force --single-item train@x-0"):
+    with pytest.raises(StudyError, match="python -m attention_transfer remake train@x-0"):
         students.load(tmp_path, made_by="train@x-0")

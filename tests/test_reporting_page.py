@@ -217,7 +217,7 @@ def _without_maps(artifacts: Path) -> str:
 
 def _damaged_sheet(artifacts: Path) -> str:
     (artifacts / "shifts" / "contact_sheet.npz").write_bytes(b"PK\x03\x04 cut short")
-    return r"contact_sheet\.npz: is damaged.*\n.*dvc repro --force --single-item shifts"
+    return r"contact_sheet\.npz: is damaged.*\n.*python -m attention_transfer remake shifts"
 
 
 @pytest.mark.parametrize("injure", [_without_maps, _damaged_sheet])

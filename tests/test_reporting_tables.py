@@ -134,7 +134,7 @@ def test_a_missing_or_damaged_record_names_file_and_stage(tmp_path: Path, record
         with pytest.raises(StudyError) as error:
             load(study, metrics)
         assert record in str(error.value)
-        assert f"dvc repro --force --single-item {stage}" in str(error.value)
+        assert f"python -m attention_transfer remake {stage}" in str(error.value)
     path.unlink()
     with pytest.raises(StudyError) as error:
         load(study, metrics)

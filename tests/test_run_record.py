@@ -60,7 +60,7 @@ def test_damage_is_found_and_named(file: str, damage: str, folder: Path) -> None
     with pytest.raises(StudyError, match="is damaged") as caught:
         require_all(folder, path, values)
     assert caught.value.where == str(path)
-    assert f"--single-item {STAGE}" in caught.value.remedy
+    assert f"remake {STAGE}" in caught.value.remedy
 
 
 def test_a_missing_record_or_output_is_named(folder: Path) -> None:

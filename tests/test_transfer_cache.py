@@ -273,7 +273,7 @@ def test_a_flipped_bit_anywhere_in_a_shard_is_found_and_named(
     try:
         with pytest.raises(StudyError, match=path.name) as error:
             read_all(folder)
-        assert "dvc repro --force --single-item cache" in str(error.value)
+        assert "python -m attention_transfer remake cache" in str(error.value)
         report = verify(folder)
         assert report.problems
         assert report.intact < report.rows == 47
@@ -303,7 +303,7 @@ def test_a_damaged_row_is_named_by_row_example_and_view_and_spares_the_others(ca
         "row 7",
         f"example {example}",
         f"view {view}",
-        "dvc repro --force --single-item cache",
+        "python -m attention_transfer remake cache",
     ):
         assert part in str(error.value)
     report = verify(cache)

@@ -171,7 +171,7 @@ def test_a_flipped_bit_anywhere_is_found_and_its_file_named(
     try:
         with pytest.raises(StudyError, match=path.name) as error:
             read_all(folder)
-        assert "dvc repro --force --single-item cache" in str(error.value)
+        assert "python -m attention_transfer remake cache" in str(error.value)
         if file.startswith("shard"):
             assert all(path.name in problem for problem in verify(folder).problems)
             assert verify(folder).intact < 6

@@ -62,6 +62,13 @@ def verify(arguments: argparse.Namespace) -> None:
         sys.exit("\n".join(f"error: {problem}" for problem in problems))
 
 
+def remake(arguments: argparse.Namespace) -> None:
+    """Makes the outputs of one stage anew, whatever DVC takes them for: for damaged files."""
+    from attention_transfer.commands import remake
+
+    sys.exit(remake.remake(arguments.stage))
+
+
 def prune(arguments: argparse.Namespace) -> None:
     """Lists what no entry of params.yaml needs any longer, with its size; with --delete, deletes it."""
     from attention_transfer import config
@@ -104,6 +111,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "show": show,
     "plan": forecast,
     "verify": verify,
+    "remake": remake,
     "prune": prune,
     "sync": sync,
     "ui": ui,
@@ -119,6 +127,7 @@ def main() -> None:
         if name in ("check", "show", "plan", "verify", "prune"):
             command.add_argument("--params", type=Path, default=Path("params.yaml"))
     commands.choices["plan"].add_argument("--json", action="store_true")
+    commands.choices["remake"].add_argument("stage", help="as DVC names it, such as train@copy-0")
     commands.choices["prune"].add_argument("--delete", action="store_true")
     commands.choices["ui"].add_argument("--port", type=int, default=5000)
     commands.choices["ui"].add_argument("--host", default="127.0.0.1")

@@ -27,4 +27,5 @@ def repro(stage: str, *, again: bool = False, graph: str | None = None) -> str:
     """
     if graph is None:
         graph = os.environ.get("DVC_STAGE", "").rpartition(":")[0]
-    return f"dvc repro {'--force --single-item ' if again else ''}{graph}{':' if graph else ''}{stage}"
+    command = "python -m attention_transfer remake" if again else "dvc repro"
+    return f"{command} {graph}{':' if graph else ''}{stage}"

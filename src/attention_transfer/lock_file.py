@@ -75,6 +75,12 @@ def mend(study: str) -> int:
     return len(lost)
 
 
+def outputs(lock: Path, stage: str) -> list[str]:
+    """MD5 of each output of a stage in DVC's cache, of a folder that of its list; none if it has never run."""
+    entry = ((_stages(lock) if lock.exists() else None) or {}).get(stage, {})
+    return [out["md5"] for out in entry.get("outs", []) if "md5" in out]
+
+
 def forget_checkpoints(study: str) -> None:
     """Removes the checkpoints of stages whose outputs are in the lock file, and no others.
 

@@ -210,7 +210,7 @@ def _read_points(folder: Path) -> dict[tuple[str, int], float]:
             raise StudyError(
                 f"is damaged: {error!r}",
                 where=str(curve),
-                remedy="make it anew: dvc repro --force --single-item of its stage",
+                remedy="make it anew: python -m attention_transfer remake, with the name of its stage",
             ) from error
     if summary.exists():
         for name, text in flatten(files.read_json(summary, made_by="of its stage")).items():

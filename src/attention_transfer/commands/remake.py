@@ -1,0 +1,59 @@
+"""Makes a stage's damaged outputs anew, whatever DVC takes them for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from attention_transfer import lock_file
+from attention_transfer.errors import StudyError
+
+
+def remake(target: str) -> int:
+    """Runs one stage again; DVC's exit code.
+
+    Where DVC's cache and the working files are hard links of each other, damage is in both. DVC does not look
+    into an object that it has, and would link the damaged one in the place of the new file: so the outputs' objects
+    are removed first.
+
+    Args:
+        target: as DVC names it, such as `studies/smoke/dvc.yaml:split`; without a path, of ./dvc.yaml.
+
+    Raises:
+        StudyError: there is no such dvc.yaml.
+    """
+    graph, _, stage = target.rpartition(":")
+    path = Path(graph or "dvc.yaml")
+    if not path.exists():
+        raise StudyError(
+            "does not exist", where=str(path), remedy="name the stage as DVC does: dvc stage list --all"
+        )
+    cache = Path(_dvc("cache", "dir").strip()) / "files" / "md5"
+    for digest in lock_file.outputs(path.with_name(lock_file.NAME), stage):
+        for found in [*_members(cache, digest), digest]:
+            _object(cache, found).unlink(missing_ok=True)
+    command = [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", f"{path}:{stage}"]
+    return subprocess.run(command, check=False).returncode
+
+
+def _members(cache: Path, digest: str) -> Iterator[str]:
+    """The files of a folder, of which DVC keeps a list."""
+    listed = _object(cache, digest)
+    if digest.endswith(".dir") and listed.exists():
+        try:
+            yield from (entry["md5"] for entry in json.loads(listed.read_text(encoding="utf-8")))
+        except (ValueError, KeyError, TypeError):  # damaged itself: the folder's files keep their objects
+            return
+
+
+def _object(cache: Path, digest: str) -> Path:
+    return cache / digest[:2] / digest[2:]
+
+
+def _dvc(*arguments: str) -> str:
+    return subprocess.run(
+        [sys.executable, "-m", "dvc", *arguments], check=True, capture_output=True, text=True
+    ).stdout

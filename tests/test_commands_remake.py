@@ -1,0 +1,82 @@
+"""Damaged outputs of a real DVC stage, with hard links between its cache and the working files."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from attention_transfer.commands.remake import remake
+from attention_transfer.errors import StudyError
+
+pytestmark = pytest.mark.slow  # DVC takes a second to start
+
+MAKE = "from pathlib import Path; Path('folder').mkdir(); "
+MAKE += "[Path(name).write_text(name * 20) for name in ('file', 'folder/a', 'folder/b')]"
+GRAPH = f"""
+stages:
+  make:
+    cmd: {sys.executable} -c "{MAKE}"
+    outs: [file, folder]
+"""
+
+
+def dvc(*arguments: str) -> str:
+    command = [sys.executable, "-m", "dvc", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture(params=["hardlink", "copy"])
+def repository(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    dvc("init", "--no-scm", "--quiet")
+    dvc("config", "cache.type", request.param)
+    Path("dvc.yaml").write_text(GRAPH)
+    dvc("repro")
+    return tmp_path
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, 3)
+
+
+def flip(path: Path) -> None:
+    before = path.stat()
+    content = bytearray(path.read_bytes())
+    content[1] ^= 1
+    path.chmod(0o644)
+    with path.open("r+b") as file:
+        file.write(content)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("damage", [truncate, flip])
+@pytest.mark.parametrize("name", ["file", "folder/a"])
+def test_damaged_outputs_are_whole_again_in_both_places(
+    name: str, damage: Callable[[Path], None], repository: Path
+) -> None:
+    damage(Path(name))
+    assert remake("dvc.yaml:make") == 0
+    for made in ("file", "folder/a", "folder/b"):
+        assert Path(made).read_text() == made * 20
+        Path(made).unlink()
+    dvc("checkout")
+    for made in ("file", "folder/a", "folder/b"):
+        assert Path(made).read_text() == made * 20
+    assert "up to date" in dvc("repro")
+
+
+def test_a_stage_that_never_ran_is_run(repository: Path) -> None:
+    Path("dvc.lock").unlink()
+    assert remake("make") == 0
+    assert Path("file").read_text() == "file" * 20
+
+
+def test_an_unknown_stage_or_graph_is_an_error(repository: Path) -> None:
+    assert remake("mke") != 0
+    with pytest.raises(StudyError, match="does not exist"):
+        remake("studies/none/dvc.yaml:make")
