@@ -257,8 +257,14 @@ def attempt(run: Run, stage: str, lasts: float, chance: random.Random) -> Kill |
     if run.stage != stage or not run.strike(target, number):
         return None
     kill = Kill(stage, when, target, number.name, round(time.monotonic() - began, 3))
-    code = run.process.wait(PATIENCE)
-    return kill if code else None
+    until = time.monotonic() + PATIENCE
+    while run.process.poll() is None and run.stage == stage:
+        assert time.monotonic() < until, f"outlives {kill}:\n{''.join(run.output[-25:])}"
+        time.sleep(0.01)
+    if run.stage != stage or run.process.wait(PATIENCE) == 0:
+        print(f"     too late: {kill}", flush=True)  # the stage was through
+        return None
+    return kill
 
 
 def wait_until(condition: Callable[[], bool], run: Run, stage: str) -> None:

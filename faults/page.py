@@ -79,7 +79,7 @@ def _damages(damages: list[dict[str, Any]]) -> list[str]:
         "## The recorded run: damage",
         f"{detected} of {len(damages)} damages detected before the file was used. *refused*: the stage that reads "
         "the file ends with a message that names it and a command, which mends it; *made anew*: DVC reruns the "
-        "stage that makes the file, first of all; empty: there is no other version of the file. Afterwards the file was "
+        "stage that makes the file, first of all; empty: no other version of the file exists. Afterwards the file was "
         "the same again.",
         "\n".join([f"| file | {' | '.join(kinds)} |", "|" + "---|" * (len(kinds) + 1), *rows]),
     ]

@@ -78,7 +78,12 @@ def mend(study: str) -> int:
 def outputs(lock: Path, stage: str) -> list[str]:
     """MD5 of each output of a stage in DVC's cache, of a folder that of its list; none if it has never run."""
     entry = ((_stages(lock) if lock.exists() else None) or {}).get(stage, {})
-    return [out["md5"] for out in entry.get("outs", []) if "md5" in out]
+    return [out["md5"] for out in entry.get("outs", []) if is_digest(out.get("md5"))]
+
+
+def is_digest(text: object) -> bool:
+    """Whether this is an MD5 as DVC writes it: it becomes a part of a path."""
+    return re.fullmatch(r"[0-9a-f]{32}(\.dir)?", str(text)) is not None
 
 
 def forget_checkpoints(study: str) -> None:

@@ -44,9 +44,10 @@ def _members(cache: Path, digest: str) -> Iterator[str]:
     listed = _object(cache, digest)
     if digest.endswith(".dir") and listed.exists():
         try:
-            yield from (entry["md5"] for entry in json.loads(listed.read_text(encoding="utf-8")))
+            digests = [entry["md5"] for entry in json.loads(listed.read_text(encoding="utf-8"))]
         except (ValueError, KeyError, TypeError):  # damaged itself: the folder's files keep their objects
             return
+        yield from filter(lock_file.is_digest, digests)
 
 
 def _object(cache: Path, digest: str) -> Path:
