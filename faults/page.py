@@ -16,7 +16,8 @@ from typing import Any
 from attention_transfer.files import write_json, write_text
 
 DOCS = Path(__file__).parents[1] / "docs"
-RECORD, PAGE, PROMISES = DOCS / "reliability.json", DOCS / "reliability.md", DOCS / "promises.md"
+RECORD, PAGE = DOCS / "reliability.json", DOCS / "reliability.md"
+PROMISES = Path(__file__).with_name("promises.md")
 
 
 def collect(folder: Path) -> dict[str, Any]:
