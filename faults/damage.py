@@ -1,6 +1,6 @@
 """Damages every file that a stage reads, one way after the other, and tells what the study makes of it.
 
-    python faults/damage.py FOLDER [--artifacts "student weights,.."]
+    python faults/damage.py FOLDER [--artifacts "predictions;cache, keys"]
 
 FOLDER gets two copies of this repository with finished smoke studies, the second with other seeds: its files are
 the `older` ones, where they differ. What FOLDER/damages.json says of other artifacts stays. Bits are flipped and
@@ -174,7 +174,8 @@ def examine(study: Study, older: Study, artifact: Artifact, damage: str) -> Find
 def differs(study: Study, older: Study, artifact: Artifact) -> bool:
     """Whether there is another version of a file at all: images do not depend on a seed."""
     path = next(study.folder.glob(artifact.glob))
-    return path.read_bytes() != (older.folder / path.relative_to(study.folder)).read_bytes()
+    other = older.folder / path.relative_to(study.folder)
+    return other.exists() and path.read_bytes() != other.read_bytes()
 
 
 def bring_data(folder: Path) -> None:
@@ -209,7 +210,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--artifacts", help="names, separated by commas (default: all)")
+    parser.add_argument("--artifacts", help="names, separated by semicolons (default: all)")
     options = parser.parse_args()
     folder = options.folder.resolve()
     study, older = Study(folder / "damaged"), Study(folder / "older")
@@ -218,23 +219,20 @@ def main() -> None:
     for made in (study, older):
         bring_data(made.folder / "data" / "fashion-mnist")
         assert dvc(made).returncode == 0
-    wanted = options.artifacts.split(",") if options.artifacts else [artifact.name for artifact in ARTIFACTS]
-    findings = [
-        examine(study, older, artifact, damage)
-        for artifact in ARTIFACTS
-        if artifact.name in wanted
-        for damage in DAMAGES
-        # Of a data set that the user brings a missing file is looked for elsewhere.
-        if artifact.maker or damage != "deleted"
-        if damage != "older version" or differs(study, older, artifact)
-    ]
+    wanted = options.artifacts.split(";") if options.artifacts else [artifact.name for artifact in ARTIFACTS]
     record = folder / "damages.json"
-    if record.exists():
-        findings += [
-            Finding(**found) for found in json.loads(record.read_text()) if found["artifact"] not in wanted
-        ]
-    record.write_text(json.dumps([asdict(finding) for finding in findings], indent=1))
-    missed = [finding for finding in findings if not finding.detected]
+    findings = json.loads(record.read_text()) if record.exists() else []
+    findings = [found for found in findings if found["artifact"] not in wanted]
+    for artifact in ARTIFACTS:
+        for damage in DAMAGES if artifact.name in wanted else ():
+            # Of a data set that the user brings a missing file is looked for elsewhere.
+            if damage == "deleted" and not artifact.maker:
+                continue
+            if damage == "older version" and not differs(study, older, artifact):
+                continue
+            findings.append(asdict(examine(study, older, artifact, damage)))
+            record.write_text(json.dumps(findings, indent=1))
+    missed = [finding for finding in findings if not finding["detected"]]
     print(f"{len(findings)} damages, {len(missed)} not detected")
     sys.exit(bool(missed))
 

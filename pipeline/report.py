@@ -32,7 +32,6 @@ def main(this: Stage) -> None:
         work=work,
         live=True,
         patience=0.0,  # its record comes after its own sync
-        resumes=False,
     )
 
 

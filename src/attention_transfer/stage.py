@@ -94,7 +94,6 @@ class Stage:
         work: Callable[[], Mapping[str, Any]],
         live: bool,
         patience: float = SECONDS_BEFORE_SHOWN,
-        resumes: bool = True,
     ) -> None:
         """Does the stage's work under tracking, then writes its records, run.json last.
 
@@ -105,12 +104,11 @@ class Stage:
             live: show it in MLflow while it runs. Stages that take seconds leave their record to the
                 report's `sync`.
             patience: seconds of work before it is shown live; what ends sooner is left to `sync` too.
-            resumes: after a kill it goes on with the same MLflow run.
         """
         self.params, self.inputs = dict(params), dict(inputs)
         kept = self.checkpoints() / "mlflow_run_id"
         with (
-            self._tracked(kept if resumes else None, patience)
+            self._tracked(kept, patience)
             if live
             else contextlib.nullcontext(tracking.Unshown()) as self.tracker
         ):
@@ -125,10 +123,8 @@ class Stage:
         if self.checkpoints().exists():
             write_text(self.checkpoints() / lock_file.DONE, str(self.record / "run.json"))
 
-    def _tracked(
-        self, kept: Path | None, patience: float
-    ) -> contextlib.AbstractContextManager[tracking.Tracker]:
-        run_id = kept.read_text().strip() if kept and kept.exists() else None
+    def _tracked(self, kept: Path, patience: float) -> contextlib.AbstractContextManager[tracking.Tracker]:
+        run_id = kept.read_text().strip() if kept.exists() else None
         return tracking.start(
             study=self.study.name,
             stage=self.name,
@@ -139,7 +135,7 @@ class Stage:
             run=self.instance.get("run"),
             inputs=self.inputs,
             resume_run_id=run_id,
-            opened=lambda opened: write_text(kept, opened) if kept else None,
+            opened=lambda opened: write_text(kept, opened),
             patience=0.0 if run_id else patience,
             root=Path(),
         )
