@@ -262,7 +262,7 @@ def test_over_budget_or_free_room_is_refused_and_the_limit_itself_is_not(tmp_pat
 def test_a_flipped_bit_anywhere_in_a_shard_is_found_and_named(
     finished: Path, tmp_path_factory: pytest.TempPathFactory, place: float, bit: int, shard: int
 ) -> None:
-    folder = tmp_path_factory.getbasetemp() / "flip"
+    folder = tmp_path_factory.getbasetemp() / "flipped shards"
     if not folder.exists():
         shutil.copytree(finished, folder)
     path = folder / f"shard-{shard:05d}.safetensors"

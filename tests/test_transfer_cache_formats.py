@@ -157,7 +157,7 @@ def test_the_plan_covers_every_kind_with_its_bias(tmp_path: Path, heads: int) ->
 def test_a_flipped_bit_anywhere_is_found_and_its_file_named(
     tmp_path_factory: pytest.TempPathFactory, kind: str, file: str, place: float, bit: int
 ) -> None:
-    folder = tmp_path_factory.getbasetemp() / "flip" / kind
+    folder = tmp_path_factory.getbasetemp() / f"flipped {kind}"
     if not folder.exists():
         make_cache(folder, kind)
     path = folder / f"{file}.safetensors"
