@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ PROMISES = Path(__file__).with_name("promises.md")
 def collect(folder: Path) -> dict[str, Any]:
     """One record of what the two drivers found."""
     kills = json.loads((folder / "kills.json").read_text())
+    asked = ["git", "-C", str(folder / "killed"), "rev-parse", "HEAD"]
     return {
+        "revision": subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip(),
         "kills": len(kills["kills"]),
         "bit_identical": kills["bit_identical"],
         "files_compared": kills["files"],
@@ -55,9 +58,9 @@ def _kills(record: dict[str, Any]) -> list[str]:
     left = "; ".join(record["left_behind"]) or "nothing"
     return [
         "## The recorded run: kills",
-        f"{record['kills']} kills; {record['files_compared']} files of results compared with an undisturbed "
-        f"run's: {identical}. Left behind: {left}. A `moment` is drawn from the stage's usual time, a `write` is "
-        "struck while a temporary file exists, a `lock` while DVC writes its lock file.",
+        f"Commit {record['revision'][:7]}. {record['kills']} kills; {record['files_compared']} files of results "
+        f"compared with an undisturbed run's: {identical}. Left behind: {left}. A `moment` is drawn from the stage's "
+        "usual time, a `write` is struck while a temporary file exists, a `lock` while DVC writes its lock file.",
         "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows]),
     ]
 

@@ -15,7 +15,7 @@ from attention_transfer.data import shifted, views
 from attention_transfer.data.images import ImageSet
 from attention_transfer.evaluation import predictions
 from attention_transfer.files import fingerprint, read_sealed, sha256
-from attention_transfer.models import students
+from attention_transfer.models import students, vit
 from attention_transfer.provenance import code_fingerprint
 from attention_transfer.teaching import teacher_source
 from attention_transfer.training import machine
@@ -28,8 +28,9 @@ def main(this: Stage) -> None:
     study, layout = this.study, this.layout
     parts = Parts(study, layout, machine.prepare())
     resolved = read_sealed(layout.resolved(name), made_by=f"resolve@{name}")
+    student = layout.student(name, seed)
     inputs = {
-        "student": sha256(layout.student(name, seed) / "model.safetensors"),
+        "student": fingerprint([sha256(student / file) for file in (vit.WEIGHTS, vit.CONFIG)]),
         "resolved": fingerprint(resolved),
         "images": parts.description.fingerprint,
         "validation": sha256(layout.splits / "validation.txt"),
