@@ -12,16 +12,19 @@ before anything reads them, or their reader refuses them.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
 from kill import GRAPH, PARAMS, Study
 
 
@@ -167,8 +170,84 @@ def examine(study: Study, older: Study, artifact: Artifact, damage: str) -> Find
     message = told or ("made anew by DVC" if anew else ended.stdout[-300:])
     if not mended:
         message += f"\n  not mended: {after.stdout[-300:]}"
-    print(f"{artifact.name}, {damage}: {'detected' if detected else 'NOT DETECTED'}: {message}", flush=True)
     return Finding(artifact.name, damage, detected, message)
+
+
+def examine_checkpoint(study: Study, damage: str) -> Finding:
+    """Stops pre-training half-way, damages its state, and lets it go on: refused, or the same weights at the end.
+
+    The older version is the state of an earlier stop; without a state it starts from its beginning.
+    """
+    weights = next(study.folder.glob(f"{TEACHER}/model.safetensors"))
+    whole = weights.read_bytes()
+    state = stopped(study, 3.0)
+    earlier = state.with_name("earlier")
+    shutil.copy(state, earlier)
+    if damage == "older version":
+        stopped(study, 3.0)
+    DAMAGES[damage](state, earlier)
+    earlier.unlink()
+    name = str(state.relative_to(study.folder))
+    again = ("--force", "--single-item", f"{GRAPH}:pretrain@mae")
+    ended = dvc(study, *again)
+    told = next((line for line in ended.stdout.splitlines() if line.startswith("error:")), "")
+    if damage in ("older version", "deleted"):
+        detected, told = ended.returncode == 0, "goes on from what is there, to the same weights"
+    else:
+        detected = ended.returncode != 0 and name in told and "delete this file" in ended.stdout
+        state.unlink()
+        detected = detected and dvc(study, *again).returncode == 0
+    return Finding("checkpoint", damage, detected and weights.read_bytes() == whole, told)
+
+
+def stopped(study: Study, seconds: float) -> Path:
+    """The state of a pre-training that was asked to stop so many seconds after its first steps."""
+    command = ("dvc", "repro", "--force", "--single-item", f"{GRAPH}:pretrain@mae")
+    running = subprocess.Popen(
+        command,
+        cwd=study.folder,
+        env=study.environment(""),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert running.stdout is not None
+    while not re.search(r"\| [1-9]\d*/\d+ \[", line := running.stdout.readline()):
+        assert line, "pre-training ended before it could be stopped"
+    time.sleep(seconds)
+    for child in psutil.Process(running.pid).children(recursive=True):
+        child.terminate()
+    running.communicate()
+    return next((study.folder / ".ckpt" / "smoke").glob("pretrain-mae-*/state.pt"))
+
+
+def examine_params(study: Study, damage: str) -> Finding:
+    """Refused; or it is an edit like any other, and what it affects runs: of a valid value nobody can tell."""
+    path = study.folder / PARAMS
+    whole = path.read_text()
+    earlier = path.with_name("earlier")
+    earlier.write_text(re.sub(r"epochs: 4", "epochs: 5", whole, count=1))
+    if damage == "bit flipped":
+        at = whole.index("labelled: 100") + len("labelled: ")
+        path.write_text(whole[:at] + chr(ord(whole[at]) ^ 1) + whole[at + 1 :])  # 100 becomes 000
+    else:
+        DAMAGES[damage](path, earlier)
+    earlier.unlink()
+    checked = run(study, sys.executable, "-m", "attention_transfer", "check", "--params", PARAMS)
+    told = next((line for line in checked.stdout.splitlines() if line.startswith("error:")), "")
+    detected = checked.returncode != 0 and PARAMS in told
+    if damage == "older version":
+        status = run(study, "dvc", "status", GRAPH).stdout
+        detected, told = "changed deps" in status and PARAMS in status, "an edit: what it affects runs"
+    path.unlink(missing_ok=True)
+    path.write_text(whole)
+    return Finding("params", damage, detected, told)
+
+
+SPECIAL: dict[str, Callable[[Study, str], Finding]] = {
+    "checkpoint": examine_checkpoint,
+    "params": examine_params,
+}
 
 
 def differs(study: Study, older: Study, artifact: Artifact) -> bool:
@@ -205,6 +284,11 @@ def run(study: Study, *command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def relative(finding: Finding, folder: str) -> Finding:
+    """The finding without the place where it was made."""
+    return dataclasses.replace(finding, message=finding.message.replace(folder, ""))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -219,10 +303,19 @@ def main() -> None:
     for made in (study, older):
         bring_data(made.folder / "data" / "fashion-mnist")
         assert dvc(made).returncode == 0
-    wanted = options.artifacts.split(";") if options.artifacts else [artifact.name for artifact in ARTIFACTS]
+    names = [*(artifact.name for artifact in ARTIFACTS), *SPECIAL]
+    wanted = options.artifacts.split(";") if options.artifacts else names
     record = folder / "damages.json"
     findings = json.loads(record.read_text()) if record.exists() else []
     findings = [found for found in findings if found["artifact"] not in wanted]
+
+    def note(finding: Finding) -> None:
+        finding = relative(finding, f"{study.folder}/")
+        found = "detected" if finding.detected else "NOT DETECTED"
+        print(f"{finding.artifact}, {finding.damage}: {found}: {finding.message}", flush=True)
+        findings.append(asdict(finding))
+        record.write_text(json.dumps(findings, indent=1))
+
     for artifact in ARTIFACTS:
         for damage in DAMAGES if artifact.name in wanted else ():
             # Of a data set that the user brings a missing file is looked for elsewhere.
@@ -230,8 +323,10 @@ def main() -> None:
                 continue
             if damage == "older version" and not differs(study, older, artifact):
                 continue
-            findings.append(asdict(examine(study, older, artifact, damage)))
-            record.write_text(json.dumps(findings, indent=1))
+            note(examine(study, older, artifact, damage))
+    for name, special in SPECIAL.items():
+        for damage in DAMAGES if name in wanted else ():
+            note(special(study, damage))
     missed = [finding for finding in findings if not finding["detected"]]
     print(f"{len(findings)} damages, {len(missed)} not detected")
     sys.exit(bool(missed))

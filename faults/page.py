@@ -94,7 +94,8 @@ def _cell(damage: dict[str, Any] | None) -> str:
         return ""
     if not damage["detected"]:
         return "**not detected**"
-    return "refused" if damage["message"].startswith("error:") else "made anew"
+    message = damage["message"]
+    return "refused" if message.startswith("error:") else "made anew" if "anew" in message else message
 
 
 def main() -> None:

@@ -70,6 +70,22 @@ def test_damaged_outputs_are_whole_again_in_both_places(
     assert "up to date" in dvc("repro")
 
 
+def test_all_instances_of_a_stage_by_its_name(repository: Path) -> None:
+    graph = f"""
+stages:
+  make:
+    matrix: {{name: [x, y]}}
+    cmd: {sys.executable} -c "from pathlib import Path; Path('${{item.name}}').write_text('${{item.name}}' * 9)"
+    outs: ['${{item.name}}']
+"""
+    Path("dvc.yaml").write_text(graph)
+    dvc("repro")
+    flip(Path("x"))
+    truncate(Path("y"))
+    assert remake("make") == 0
+    assert (Path("x").read_text(), Path("y").read_text()) == ("x" * 9, "y" * 9)
+
+
 def test_a_stage_that_never_ran_is_run(repository: Path) -> None:
     Path("dvc.lock").unlink()
     assert remake("make") == 0

@@ -76,9 +76,15 @@ def mend(study: str) -> int:
 
 
 def outputs(lock: Path, stage: str) -> list[str]:
-    """MD5 of each output of a stage in DVC's cache, of a folder that of its list; none if it has never run."""
-    entry = ((_stages(lock) if lock.exists() else None) or {}).get(stage, {})
-    return [out["md5"] for out in entry.get("outs", []) if is_digest(out.get("md5"))]
+    """MD5 of each output of a stage in DVC's cache, of a folder that of its list; none if it has never run.
+
+    Args:
+        stage: such as `train@copy-0`, or `train` for all of them.
+    """
+    entries = (_stages(lock) if lock.exists() else None) or {}
+    chosen = [entry for name, entry in entries.items() if stage in (name, name.partition("@")[0])]
+    outs = [out for entry in chosen for out in entry.get("outs", [])]
+    return [out["md5"] for out in outs if is_digest(out.get("md5"))]
 
 
 def is_digest(text: object) -> bool:

@@ -143,7 +143,8 @@ def fit(
                 sums = {}
                 sink.log_metrics({k: v for k, v in row.items() if k not in ("epoch", "step")}, step=epoch + 1)
                 progress.set_postfix_str(
-                    " ".join(f"{k}={v:.3g}" for k, v in row.items() if "loss" in k or "acc" in k)
+                    " ".join(f"{k}={v:.3g}" for k, v in row.items() if "loss" in k or "acc" in k),
+                    refresh=False,  # a bar that is shown before its delay is never closed
                 )
             progress.update()
             if stopped() or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
