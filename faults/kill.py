@@ -332,7 +332,8 @@ def left_behind(study: Study, completed: Counter[str]) -> list[str]:
     runs = json.loads(told.stdout.splitlines()[-1])
     found += [f"run {stage} is RUNNING" for stage, status in runs if status == "RUNNING"]
     shown = Counter(stage for stage, status in runs if status == "FINISHED" and stage)
-    many = {stage: count for stage, count in shown.items() if count > completed[stage]}
+    # A stage that was through when it was killed may never be seen again: it counts once.
+    many = {stage: count for stage, count in shown.items() if count > max(completed[stage], 1)}
     return found + [f"{count} runs of {stage}" for stage, count in many.items()]
 
 
