@@ -644,7 +644,7 @@ def test_damaged_cache_is_named_and_mended(study: Study) -> None:
     assert answer.code != 0
     assert answer.ran == ["train@copy-0"]
     assert str(damaged.relative_to(study.folder)) in answer.text
-    (remedy,) = re.findall(r"What to do: .*: (dvc repro .*)", answer.text)
+    (remedy,) = re.findall(r"What to do: .*: (python -m attention_transfer remake .*)", answer.text)
     assert "Traceback" not in answer.text
     assert not (study.folder / "runs/smoke/students/copy/0/model.safetensors").exists()
     newest = study.runs("tags.stage = 'train' and tags.run = 'copy' and tags.seed = '0'")[0]

@@ -43,7 +43,7 @@ def prepare() -> torch.device:
         torch.set_num_threads(int(threads))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on CUDA
     torch.use_deterministic_algorithms(True, warn_only=True)
-    # That would also fill every new tensor with NaN before its kernel does: a sixth of a distilled step.
+    # That would also fill every new tensor with NaN before its kernel writes it (benchmarks/determinism.py).
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     _keep_freed_memory()
     return device()
