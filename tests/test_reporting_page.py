@@ -250,6 +250,7 @@ def test_reporting_imports_neither_torch_nor_mlflow() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "reason"), [("full", "No space left"), ("read-only", "Read-only file system")]
 )
