@@ -40,7 +40,8 @@ postgresql:
 	@if ! command -v initdb >/dev/null && ! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 && $(APT); then \
 	  mkdir -p /etc/postgresql-common/createcluster.d; \
 	  echo "create_main_cluster = false" > /etc/postgresql-common/createcluster.d/none.conf; \
-	  (apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql) >/dev/null || echo "apt cannot install postgresql: its tests are skipped"; fi
+	  (apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql) >/dev/null || echo "apt cannot install postgresql: its tests are skipped"; \
+	  rm -f /etc/postgresql-common/createcluster.d/none.conf; fi
 
 # Compiling the bytecode once takes half a minute and saves several seconds in each of the study's stages.
 $(READY):
