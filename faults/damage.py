@@ -202,15 +202,7 @@ def examine_checkpoint(study: Study, damage: str) -> Finding:
 
 def stopped(study: Study, seconds: float) -> Path:
     """The state of a pre-training that was asked to stop so many seconds after its first steps."""
-    command = ("dvc", "repro", "--force", "--single-item", f"{GRAPH}:pretrain@mae")
-    running = subprocess.Popen(
-        command,
-        cwd=study.folder,
-        env=study.environment(""),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    running = study.begin("dvc", "repro", "--force", "--single-item", f"{GRAPH}:pretrain@mae")
     assert running.stdout is not None
     while not re.search(r"\| [1-9]\d*/\d+ \[", line := running.stdout.readline()):
         assert line, "pre-training ended before it could be stopped"
@@ -273,15 +265,9 @@ def dvc(study: Study, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def run(study: Study, *command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        cwd=study.folder,
-        env=study.environment(""),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
+    running = study.begin(*command)
+    output, _ = running.communicate()
+    return subprocess.CompletedProcess(command, running.returncode, output)
 
 
 def relative(finding: Finding, folder: str) -> Finding:

@@ -92,6 +92,18 @@ class Study:
             check=True,
         )
 
+    def begin(self, *command: str, mark: str = "", session: bool = False) -> subprocess.Popen[str]:
+        """Starts a command in the clone, whose output can be read from `stdout`."""
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self.environment(mark),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=session,
+        )
+
     def temporaries(self) -> set[Path]:
         """Unfinished files."""
         return {path for root in TEMPORARY for path in (self.folder / root).rglob(".tmp-*")}
@@ -106,15 +118,7 @@ class Run:
         self.stage, self.since = "", time.monotonic()  # the stage that runs, and since when
         self.locking = threading.Event()  # set while DVC writes its lock file
         self.changed = threading.Condition()
-        self.process = subprocess.Popen(
-            ["dvc", "repro", GRAPH],
-            cwd=study.folder,
-            env=study.environment(self.mark),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        self.process = study.begin("dvc", "repro", GRAPH, mark=self.mark, session=True)
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 

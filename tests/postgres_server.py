@@ -94,9 +94,8 @@ def postgres() -> Iterator[PostgresServer]:
     """A running server. The test is skipped where `make test` could not install PostgreSQL."""
     if (found := programs()) is None:
         pytest.skip("PostgreSQL is not installed, and may not be: apt-get install postgresql")
-    folder = Path(
-        tempfile.mkdtemp(prefix="postgres-")
-    )  # pytest's folders are closed to `nobody`, sockets' names short
+    # Not one of pytest's folders: they are closed to `nobody`, and too long for a socket's name.
+    folder = Path(tempfile.mkdtemp(prefix="postgres-"))
     server = PostgresServer(found, folder)
     try:
         server.start()

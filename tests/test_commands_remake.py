@@ -96,3 +96,10 @@ def test_an_unknown_stage_or_graph_is_an_error(repository: Path) -> None:
     assert remake("mke") != 0
     with pytest.raises(StudyError, match="does not exist"):
         remake("studies/none/dvc.yaml:make")
+
+
+def test_outside_of_a_repository_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("dvc.yaml").write_text(GRAPH)
+    with pytest.raises(StudyError, match=r"where \.dvc/ is"):
+        remake("make")

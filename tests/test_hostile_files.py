@@ -159,6 +159,15 @@ def test_a_lock_file_that_leads_elsewhere_removes_nothing_there(
     assert lock_file.outputs(lock, "train") == []
 
 
+@pytest.mark.parametrize("entry", ["outs", {"outs": "file"}, {"outs": [["file"]]}, {"outs": 7}, None])
+def test_a_lock_file_of_another_form_is_an_error_that_names_it(entry: object, tmp_path: Path) -> None:
+    lock = tmp_path / "dvc.lock"
+    lock.write_text(yaml.safe_dump({"schema": "2.0", "stages": {"train": entry}}))
+    with pytest.raises(StudyError, match="not written as DVC writes them") as told:
+        lock_file.outputs(lock, "train")
+    assert str(lock) in str(told.value)
+
+
 def test_a_sealed_list_of_dvc_leads_nowhere_else(tmp_path: Path) -> None:
     from attention_transfer.commands.remake import _members
 

@@ -24,6 +24,7 @@ from attention_transfer.files import write_text
 
 NAME = "dvc.lock"  # also of the copy, which lies among the study's checkpoints
 DONE = "done"  # in a checkpoint's folder: the stage has written all of its outputs
+_DAMAGED = "restore it from git, or delete it: every stage then runs again"
 
 
 def path(study: str) -> Path:
@@ -61,7 +62,7 @@ def mend(study: str) -> int:
             raise StudyError(
                 "is damaged",
                 where=str(lock),
-                remedy="restore it from git, or delete it: every stage then runs again",
+                remedy=_DAMAGED,
             )
         return 0
     kept, found = _stages(copy) or {}, _stages(lock) if lock.exists() else {}
@@ -80,11 +81,21 @@ def outputs(lock: Path, stage: str) -> list[str]:
 
     Args:
         stage: such as `train@copy-0`, or `train` for all of them.
+
+    Raises:
+        StudyError: the file is not as DVC writes it.
     """
     entries = (_stages(lock) if lock.exists() else None) or {}
     chosen = [entry for name, entry in entries.items() if stage in (name, name.partition("@")[0])]
-    outs = [out for entry in chosen for out in entry.get("outs", [])]
-    return [out["md5"] for out in outs if is_digest(out.get("md5"))]
+    try:
+        digests = [out.get("md5") for entry in chosen for out in entry.get("outs", [])]
+    except (AttributeError, TypeError) as error:
+        raise StudyError(
+            f"the outputs of {stage} are not written as DVC writes them",
+            where=str(lock),
+            remedy=_DAMAGED,
+        ) from error
+    return [digest for digest in digests if is_digest(digest)]
 
 
 def is_digest(text: object) -> bool:

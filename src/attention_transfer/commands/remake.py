@@ -23,7 +23,7 @@ def remake(target: str) -> int:
         target: as DVC names it, such as `studies/smoke/dvc.yaml:split`; without a path, of ./dvc.yaml.
 
     Raises:
-        StudyError: there is no such dvc.yaml.
+        StudyError: there is no such dvc.yaml, or no repository of DVC around it.
     """
     graph, _, stage = target.rpartition(":")
     path = Path(graph or "dvc.yaml")
@@ -31,7 +31,7 @@ def remake(target: str) -> int:
         raise StudyError(
             "does not exist", where=str(path), remedy="name the stage as DVC does: dvc stage list --all"
         )
-    cache = Path(_dvc("cache", "dir").strip()) / "files" / "md5"
+    cache = _cache()
     for digest in lock_file.outputs(path.with_name(lock_file.NAME), stage):
         for found in [*_members(cache, digest), digest]:
             _object(cache, found).unlink(missing_ok=True)
@@ -54,7 +54,14 @@ def _object(cache: Path, digest: str) -> Path:
     return cache / digest[:2] / digest[2:]
 
 
-def _dvc(*arguments: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-m", "dvc", *arguments], check=True, capture_output=True, text=True
-    ).stdout
+def _cache() -> Path:
+    asked = subprocess.run(
+        [sys.executable, "-m", "dvc", "cache", "dir"], check=False, capture_output=True, text=True
+    )
+    if asked.returncode:
+        raise StudyError(
+            f"dvc cannot tell where its cache is: {asked.stderr.strip().splitlines()[0]}",
+            where=str(Path.cwd()),
+            remedy="run this in the folder of the study, where .dvc/ is",
+        )
+    return Path(asked.stdout.strip()) / "files" / "md5"
