@@ -47,8 +47,11 @@ class Data:
         shape = (data.labelled, data.channels, data.image_size, data.image_size)
         pixels = random.integers(256, size=shape, dtype=np.uint8)
         examples = np.arange(data.labelled)
-        self.arguments = vit.model_arguments(
-            teacher.architecture, image_size=data.image_size, channels=data.channels, classes=CLASSES
+        of_teacher, self.arguments = (
+            vit.model_arguments(
+                teacher.architecture, image_size=data.image_size, channels=data.channels, classes=classes
+            )
+            for classes in (0, CLASSES)
         )
         moments = [0.5] * data.channels
         self.images = LabelledViews(
@@ -64,7 +67,7 @@ class Data:
             classes=CLASSES,
             device=device,
         )
-        model = vit.create({**self.arguments, "num_classes": 0}, seed=0).to(device).eval()
+        model = vit.create(of_teacher, seed=0).to(device).eval()
         layers = tuple(range(teacher.architecture.depth))
         layout = plan.cache_layout(teacher.architecture, data, study.attention)
         keys = np.stack([np.tile(examples, count), np.repeat(np.arange(count), data.labelled)], axis=1)

@@ -14,7 +14,7 @@ from attention_transfer.evaluation.predictions import BATCH
 from attention_transfer.files import sha256, write_sealed
 from attention_transfer.training import machine
 from attention_transfer.transfer.cache import CacheWriter
-from attention_transfer.transfer.teacher_source import teacher_attention, teacher_maps
+from attention_transfer.transfer.teacher_source import teacher_attention, teacher_bias, teacher_maps
 
 
 def main(this: Stage) -> None:
@@ -67,7 +67,10 @@ def write(parts: Parts, name: str, which: CachedSet) -> dict[str, Any]:
     folder = parts.layout.cache(name) / which
     layers = tuple(range(architecture.depth))
     take = teacher_maps if study.attention.content == "maps" else teacher_attention
-    with CacheWriter(folder, layout=layout, recipe=parts.cache_recipe(name, which), keys=keys) as writer:
+    recipe, bias = parts.cache_recipe(name, which), None
+    if study.attention.content == "queries_and_keys":
+        bias = teacher_bias(teacher, blank(parts), layers)
+    with CacheWriter(folder, layout=layout, recipe=recipe, keys=keys, bias=bias) as writer:
         for piece in tqdm(list(writer.pending()), desc=f"cache {name} {which}", unit="shard", mininterval=5):
             for start in range(piece.start, piece.stop, BATCH):
                 rows = np.arange(start, min(start + BATCH, piece.stop))
@@ -80,6 +83,12 @@ def write(parts: Parts, name: str, which: CachedSet) -> dict[str, Any]:
                 writer.write(attention.cpu())
     stored = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     return {"fingerprint": sha256(folder / "manifest.json"), "megabytes": round(stored / 1e6, 3)}
+
+
+def blank(parts: Parts) -> torch.Tensor:
+    """An image, for what does not depend on it: (1, channels, size, size)."""
+    data = parts.study.data
+    return torch.zeros(1, data.channels, data.image_size, data.image_size, device=parts.device)
 
 
 def views(parts: Parts, numbers: np.ndarray, rows: np.ndarray) -> torch.Tensor:

@@ -60,7 +60,7 @@ def main(this: Stage) -> None:
 
 
 def masked_autoencoder(
-    this: Stage, parts: Parts, teacher: config.MaskedAutoencoder, arguments: dict[str, object]
+    this: Stage, parts: Parts, teacher: config.MaskedAutoencoder, arguments: vit.Arguments
 ) -> tuple[torch.nn.Module, list[dict[str, float]], dict[str, float]]:
     """Pre-trains on the training images without labels, validation left out."""
     model = MaskedAutoencoder.of(teacher, arguments).to(parts.device)
@@ -97,7 +97,7 @@ def masked_autoencoder(
     )
 
 
-def from_file(this: Stage, teacher: config.FromFile, arguments: dict[str, object]) -> torch.nn.Module:
+def from_file(this: Stage, teacher: config.FromFile, arguments: vit.Arguments) -> torch.nn.Module:
     """Takes an encoder that the user brings; a head in the file is left out, as students have their own."""
     where = this.where(f"teachers.{this.instance['teacher']}.path")
     path = Path(teacher.path)

@@ -375,13 +375,6 @@ def test_grouped_queries_are_not_slimmed() -> None:
         ValueAttention(AttentionRope(WIDTH, 4, num_kv_heads=2, qkv_fused=False))
 
 
-def test_queries_and_keys_stand_for_a_map_only_without_a_bias() -> None:
-    assert len(capture(make("EVA02"), make_images())[0].queries_and_keys()) == 2
-    for family in ("BEiT, BEiTv2", "ViT with relative positions"):
-        with pytest.raises(TypeError, match="attention bias"):
-            capture(make(family), make_images())[0].queries_and_keys()
-
-
 class BlocksOf(nn.Module):
     """A model with one block, whose attention is given."""
 

@@ -100,7 +100,7 @@ def stacked(given: Given | None) -> Tensor:
     assert given is not None
     return torch.stack(
         [
-            layer.map() if isinstance(layer, Maps) else torch.stack(layer.queries_and_keys(), dim=1)
+            layer.map() if isinstance(layer, Maps) else torch.stack((layer.queries, layer.keys), dim=1)
             for layer in given.attention
         ],
         dim=2,

@@ -35,6 +35,8 @@ from attention_transfer.transfer.teacher_source import (
     OnlineTeacher,
     is_cached,
     teacher_attention,
+    teacher_bias,
+    teacher_maps,
 )
 
 DEPTH, WIDTH, CLASSES = 3, 16, 4
@@ -48,7 +50,7 @@ TAUGHT = (*LAYERED, "distill_logits")
 every_method = pytest.mark.parametrize("name", tiny_study.METHODS)
 
 
-def arguments(classes: int) -> dict[str, Any]:
+def arguments(classes: int) -> vit.Arguments:
     architecture = config.Architecture(**ARCHITECTURE)
     return vit.model_arguments(architecture, image_size=8, channels=1, classes=classes)
 
@@ -698,9 +700,19 @@ def test_the_recorded_paths_are_those_that_run(
     assert taken == set(recorded.values())
 
 
-def test_a_teacher_with_an_attention_bias_is_refused() -> None:
+def test_a_bias_is_told_apart_from_queries_and_keys() -> None:
+    """With it they are all of the map; a plain teacher has none."""
     beit = Beit(
-        img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=1, num_heads=2, use_rel_pos_bias=True
-    )
-    with pytest.raises(TypeError, match="attention bias"):
-        teacher_attention(beit.eval(), torch.zeros(1, 1, 8, 8), (0,))
+        img_size=8, patch_size=4, in_chans=1, embed_dim=16, depth=2, num_heads=2, use_rel_pos_bias=True
+    ).eval()
+    with torch.no_grad():
+        for block in beit.blocks:
+            block.attn.relative_position_bias_table.normal_()
+    images, layers = batch()[0], (0, 1)
+    bias = teacher_bias(beit, images[:1], layers)
+    assert bias is not None
+    assert bias.shape == (2, 2, 5, 5)
+    queries, keys = teacher_attention(beit, images, layers).unbind(dim=1)
+    maps = (queries @ keys.mT / queries.shape[-1] ** 0.5 + bias).softmax(dim=-1)
+    torch.testing.assert_close(maps, teacher_maps(beit, images, layers))
+    assert teacher_bias(make_teacher(), images[:1], layers) is None

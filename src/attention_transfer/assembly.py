@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from timm.models import VisionTransformer
 from torch import Tensor
 
 from attention_transfer.config import Architecture, Study
@@ -19,6 +18,7 @@ from attention_transfer.data.labelled import LabelledViews
 from attention_transfer.files import read_sealed, sha256
 from attention_transfer.layout import Layout
 from attention_transfer.models import vit
+from attention_transfer.models.tokens import TokenLayout
 
 CachedSet = Literal["views", "validation", "test"]
 """What a teacher's cache holds: training views of the labelled images, and two sets of clean images."""
@@ -104,20 +104,30 @@ class Parts:
         """Whether matrix products and attention run in that format."""
         return self.study.training.precision == "bfloat16"
 
-    def student_arguments(self, run: str) -> dict[str, Any]:
-        """Arguments of timm's VisionTransformer for a run's student."""
+    def student_arguments(self, run: str) -> vit.Arguments:
+        """What timm needs to build a run's student."""
         return self._arguments(self.study.architecture(run), self.classes)
 
-    def teacher_arguments(self, teacher: str) -> dict[str, Any]:
+    def teacher_arguments(self, teacher: str) -> vit.Arguments:
         return self._arguments(self.study.teachers[teacher].architecture, 0)
 
-    def _arguments(self, architecture: Architecture, classes: int) -> dict[str, Any]:
+    def _arguments(self, architecture: Architecture, classes: int) -> vit.Arguments:
         data = self.study.data
         return vit.model_arguments(
             architecture, image_size=data.image_size, channels=data.channels, classes=classes
         )
 
-    def teacher(self, name: str) -> VisionTransformer:
+    def tokens(self, run: str) -> tuple[TokenLayout, TokenLayout]:
+        """Those of a run's teacher, and those of its student."""
+        study = self.study
+
+        def layout(architecture: Architecture) -> TokenLayout:
+            side = study.data.image_size // architecture.patch_size
+            return TokenLayout(True, architecture.registers, (side, side))
+
+        return layout(study.teachers[study.runs[run].teacher].architecture), layout(study.architecture(run))
+
+    def teacher(self, name: str) -> vit.ViT:
         """The frozen teacher, in eval mode."""
         teacher = vit.load(self.layout.teacher(name), made_by=f"pretrain@{name}")
         return teacher.requires_grad_(False).to(self.device)

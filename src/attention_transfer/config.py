@@ -135,23 +135,45 @@ class AttentionCache(Section):
         return self
 
 
+Component = Literal["layer_scale", "registers", "rotary", "relative_bias", "swiglu", "pre_norm", "qk_norm"]
+"""What families of pre-trained models have beyond the plain Vision Transformer (paper B)."""
+REGISTERS = 4  # tokens, as in Darcet et al., 2024
+
+
 class Architecture(Section):
-    """A plain Vision Transformer; image size and channels are the data's."""
+    """A Vision Transformer; image size and channels are the data's."""
 
     patch_size: Positive
     width: Positive
     depth: Positive
     heads: Positive
     mlp_ratio: Rate
+    components: tuple[Component, ...] = ()
+    """Added to the plain one; see models/vit.py."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         _divides("heads", self.heads, "width", self.width)
+        _no_value_twice("components", self.components)
+        beside = {"registers", "rotary", "pre_norm", "qk_norm"} & set(self.components)
+        if "relative_bias" in self.components and beside:
+            raise ValueError(
+                f"components: timm has no model with relative_bias and {', '.join(sorted(beside))}"
+            )
+        if "rotary" in self.components and (self.width // self.heads) % 4:
+            raise ValueError(
+                f"heads: rotary needs a multiple of 4 numbers a head, not {self.width // self.heads}"
+            )
         return self
 
+    @property
+    def registers(self) -> int:
+        """Tokens between the class token and the patches."""
+        return REGISTERS if "registers" in self.components else 0
+
     def tokens(self, image_size: int) -> int:
-        """Patches and class token of a square image of so many pixels a side."""
-        return (image_size // self.patch_size) ** 2 + 1
+        """Patches, class token and registers of a square image of so many pixels a side."""
+        return (image_size // self.patch_size) ** 2 + 1 + self.registers
 
 
 class Decoder(Section):
@@ -186,6 +208,11 @@ class MaskedAutoencoder(Section):
     def _consistent(self) -> Self:
         _ordered("crop_scale", self.crop_scale)
         _warms_up(self.warmup_epochs, self.epochs)
+        if self.architecture.components:
+            raise ValueError(
+                f"architecture.components: {list(self.architecture.components)} cannot be pre-trained by mae, "
+                "whose encoder sees some of the tokens alone"
+            )
         return self
 
     # The rest of the optimiser's recipe is that of He et al. (2022), appendix A.1.
@@ -449,8 +476,7 @@ class Study(Section):
             ("evaluation.shifts", self.evaluation.shifts),
             ("evaluation.severities", self.evaluation.severities),
         ):
-            if len(set(values)) != len(values):
-                raise ValueError(f"{key}: {list(values)} names a value twice")
+            _no_value_twice(key, values)
         if self.training.curve_images > self.data.validation:
             raise ValueError(
                 f"training.curve_images: {self.training.curve_images} is more than the "
@@ -525,7 +551,16 @@ class Study(Section):
                 f"runs.{name}.architecture.patch_size: {student.patch_size} makes other tokens than the "
                 f"teacher's {teacher.patch_size}"
             )
+        if student.registers > teacher.registers:
+            raise ValueError(
+                f"runs.{name}.architecture.components: the student's registers have no counterparts in the teacher"
+            )
         if run.method == "distill_features":
+            if teacher.registers != student.registers:
+                raise ValueError(
+                    f"runs.{name}.architecture.components: features of a teacher with registers need a student "
+                    "with registers"
+                )
             if teacher.width != student.width:
                 raise ValueError(
                     f"runs.{name}.architecture.width: {student.width} is not the teacher's, {teacher.width}, "
@@ -590,6 +625,11 @@ class Study(Section):
 def _divides(key: str, part: int, whole_key: str, whole: int) -> None:
     if whole % part:
         raise ValueError(f"{key}: {part} does not divide {whole_key}, {whole}")
+
+
+def _no_value_twice(key: str, values: tuple[Any, ...]) -> None:
+    if len(set(values)) != len(values):
+        raise ValueError(f"{key}: {list(values)} names a value twice")
 
 
 def _ordered(key: str, limits: tuple[float, float]) -> None:

@@ -127,11 +127,21 @@ def check_room(study: Study, layout: Layout, params_file: Path) -> None:
         budget = study.attention.budget_gb * 1e9
         where = Path(f"{params_file}: teachers.{name}")
         held = _size(layout.cache(name))
-        cache.plan(views, row, budget_bytes=budget, free_bytes=free + held, where=where)
+        bias_heads = _bias_heads(study, name)
+        cache.plan(
+            views, row, budget_bytes=budget, free_bytes=free + held, where=where, bias_heads=bias_heads
+        )
         clean = study.data.validation + TEST_IMAGES
         free -= max(
             0,
-            cache.plan(views + clean, row, budget_bytes=None, free_bytes=free + held, where=where).bytes
+            cache.plan(
+                views + clean,
+                row,
+                budget_bytes=None,
+                free_bytes=free + held,
+                where=where,
+                bias_heads=3 * bias_heads,  # in each of the sets
+            ).bytes
             - held,
         )
     pixels = study.data.channels * study.data.image_size**2
@@ -148,7 +158,21 @@ def check_room(study: Study, layout: Layout, params_file: Path) -> None:
 def _views_plan(study: Study, teacher: str) -> cache.Plan:
     views = study.data.labelled * study.views.per_image
     layout = teacher_layout(study, teacher)
-    return cache.plan(views, layout, budget_bytes=None, free_bytes=_ROOM_ENOUGH, where=Path())
+    return cache.plan(
+        views,
+        layout,
+        budget_bytes=None,
+        free_bytes=_ROOM_ENOUGH,
+        where=Path(),
+        bias_heads=_bias_heads(study, teacher),
+    )
+
+
+def _bias_heads(study: Study, teacher: str) -> int:
+    """Heads of the bias that is stored once beside queries and keys; 0 without one."""
+    architecture = study.teachers[teacher].architecture
+    biased = "relative_bias" in architecture.components
+    return architecture.heads if biased and study.attention.content == "queries_and_keys" else 0
 
 
 def _size(folder: Path) -> int:

@@ -14,6 +14,7 @@ from attention_transfer.models import students
 from attention_transfer.transfer.cache import CacheReader
 from attention_transfer.transfer.method import Needs
 from attention_transfer.transfer.teacher_source import (
+    Aligned,
     CachedTeacher,
     OnlineTeacher,
     TeacherSource,
@@ -35,6 +36,9 @@ def teacher_source(
     over = parts.study.runs[run].average
     # The mean over examples is taken once, and then no other set is needed.
     source = _source(parts, run, "views" if over == "examples" else which, needs)
+    theirs, own = parts.tokens(run)
+    if theirs != own and needs.what not in ("features", "logits"):
+        source = Aligned(source, theirs, own)
     with torch.autocast(parts.device.type, torch.bfloat16, enabled=parts.bfloat16):
         return averaging(source, over, _labelled_views(parts))
 

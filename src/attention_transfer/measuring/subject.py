@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -103,7 +101,7 @@ class Subject:
             bfloat16=self.bfloat16,
         )
 
-    def _arguments(self, architecture: Architecture, classes: int) -> dict[str, Any]:
+    def _arguments(self, architecture: Architecture, classes: int) -> vit.Arguments:
         data = self.study.data
         return vit.model_arguments(
             architecture, image_size=data.image_size, channels=data.channels, classes=classes

@@ -51,18 +51,6 @@ class Attention:
     def heads(self) -> int:
         return self.queries.shape[-3]
 
-    def queries_and_keys(self) -> tuple[Tensor, Tensor]:
-        """Both, where they are all that there is to know of the map.
-
-        Raises:
-            TypeError: the model adds a bias to its logits, or scales them in its own way.
-        """
-        if self.bias is not None or self.scale is not None:
-            raise TypeError(
-                "an attention bias (relative positions) or a scale of its own cannot be transferred"
-            )
-        return self.queries, self.keys
-
     def logits(self) -> Tensor:
         """S = scale q k^T + bias: (batch, heads, tokens, tokens)."""
         scale = self.queries.shape[-1] ** -0.5 if self.scale is None else self.scale

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
@@ -50,7 +48,7 @@ class MaskedAutoencoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     @classmethod
-    def of(cls, params: config.MaskedAutoencoder, arguments: dict[str, Any]) -> MaskedAutoencoder:
+    def of(cls, params: config.MaskedAutoencoder, arguments: vit.Arguments) -> MaskedAutoencoder:
         """The one that params.yaml asks for, with weights drawn from its seed.
 
         Args:

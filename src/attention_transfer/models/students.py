@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-from timm.models import VisionTransformer
 
 from attention_transfer.models import vit
 from attention_transfer.models.attention import slim
@@ -14,17 +11,17 @@ COPIED = "copied_layers"  # key of config.json: layers that hold no query and ke
 
 
 def create(
-    arguments: dict[str, Any],
+    arguments: vit.Arguments,
     *,
     seed: int,
     drop_path: float,
-    teacher: VisionTransformer | None,
+    teacher: vit.ViT | None,
     copied_layers: tuple[int, ...],
-) -> VisionTransformer:
+) -> vit.ViT:
     """A student before its first step.
 
     Args:
-        arguments: of timm's VisionTransformer, with the task's number of classes.
+        arguments: of the model, with the task's number of classes.
         seed: of the initial weights; a fine-tuned student draws its head (and LayerNorm) from it.
         teacher: whose weights are the initialisation (fine-tune, linear probe), if any.
         copied_layers: layers that will be handed the teacher's attention at every pass.
@@ -38,14 +35,12 @@ def create(
     return student
 
 
-def save(
-    folder: Path, student: VisionTransformer, arguments: dict[str, Any], copied_layers: tuple[int, ...]
-) -> None:
+def save(folder: Path, student: vit.ViT, arguments: vit.Arguments, copied_layers: tuple[int, ...]) -> None:
     """As vit.save; a student that copies no layer is an ordinary timm model."""
     vit.save(folder, student, arguments, {COPIED: list(copied_layers)} if copied_layers else {})
 
 
-def load(folder: Path, *, made_by: str) -> VisionTransformer:
+def load(folder: Path, *, made_by: str) -> vit.ViT:
     """The student that `save` wrote, in eval mode."""
     return vit.load(
         folder, made_by=made_by, change=lambda student, config: slim(student, config.get(COPIED, ()))

@@ -1,15 +1,18 @@
-"""Students and teachers: plain Vision Transformers from timm."""
+"""Students and teachers: Vision Transformers from timm, plain or with the components of other families."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.models import VisionTransformer
+from timm.models.beit import Beit
+from timm.models.eva import Eva
 
 from attention_transfer.config import Architecture
 from attention_transfer.errors import StudyError, repro
@@ -20,11 +23,44 @@ CONFIG = "config.json"
 CHECKSUM = "weights_xxh3"  # key of config.json
 
 
-def model_arguments(
-    architecture: Architecture, *, image_size: int, channels: int, classes: int
-) -> dict[str, Any]:
-    """Arguments of timm's VisionTransformer: mean pool of patch tokens, LayerNorm, linear head (paper A)."""
-    return {
+ViT: TypeAlias = VisionTransformer | Eva | Beit
+CLASSES: dict[str, type[ViT]] = {
+    "vit_tiny_patch16_224": VisionTransformer,
+    "eva_giant_patch14_224": Eva,
+    "beit_base_patch16_224": Beit,
+}
+"""By the entry of timm under which config.json names the class; the entry's own sizes are all overridden."""
+
+LAYER_SCALE = 0.1  # initial value; Touvron et al., 2021, for shallow models
+_PLAIN, _EVA, _BEIT = CLASSES
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What timm needs to build a model.
+
+    Attributes:
+        entry: one of `CLASSES`.
+        values: keyword arguments of its class.
+    """
+
+    entry: str
+    values: dict[str, Any]
+
+
+def model_arguments(architecture: Architecture, *, image_size: int, channels: int, classes: int) -> Arguments:
+    """A model with mean pool of patch tokens, LayerNorm and linear head (paper A), and these components:
+
+    - layer_scale: a learned factor for every channel behind attention and MLP (Touvron et al., 2021);
+    - registers: learned tokens between class token and patches (Darcet et al., 2024);
+    - pre_norm: LayerNorm before the first block (CLIP);
+    - qk_norm: LayerNorm of queries and keys;
+    - rotary: rotary embedding of the patches' places in queries and keys, beside the learned one (EVA-02);
+    - swiglu: gated MLP, two thirds as wide, so that it has as many weights (Shazeer, 2020);
+    - relative_bias: learned bias of the logits by relative place, in every layer (BEiT).
+    """
+    parts = set(architecture.components)
+    values: dict[str, Any] = {
         "img_size": image_size,
         "in_chans": channels,
         "num_classes": classes,
@@ -32,26 +68,58 @@ def model_arguments(
         "embed_dim": architecture.width,
         "depth": architecture.depth,
         "num_heads": architecture.heads,
-        "mlp_ratio": architecture.mlp_ratio,
+        "mlp_ratio": architecture.mlp_ratio * (2 / 3 if "swiglu" in parts else 1),
         "global_pool": "avg",
+    }
+    if not parts:
+        return Arguments(_PLAIN, {**values, "fc_norm": True})
+    # Both heads start as the plain one does: timm scales those of Eva and Beit down.
+    values["init_values"] = LAYER_SCALE if "layer_scale" in parts else None
+    if "relative_bias" in parts:
+        values["init_values"] = values["init_values"] or 0.0  # for None timm would take the entry's
+        more: dict[str, Any] = {
+            "use_abs_pos_emb": True,
+            "use_rel_pos_bias": True,
+            "swiglu_mlp": "swiglu" in parts,
+            "use_fc_norm": True,
+            "head_init_scale": 1.0,
+        }
+        return Arguments(_BEIT, {**values, **more})
+    if parts & {"rotary", "swiglu"}:
+        more = {
+            "use_rot_pos_emb": "rotary" in parts,
+            "swiglu_mlp": "swiglu" in parts,
+            "num_reg_tokens": architecture.registers,
+            "use_pre_transformer_norm": "pre_norm" in parts,
+            "qk_norm": "qk_norm" in parts,
+            "attn_type": "rope",  # the plain attention, with biases of queries, keys and values
+            "use_fc_norm": True,
+            "head_init_scale": 1.0,
+        }
+        return Arguments(_EVA, {**values, **more})
+    more = {
+        "reg_tokens": architecture.registers,
+        "pre_norm": "pre_norm" in parts,
+        "qk_norm": "qk_norm" in parts,
         "fc_norm": True,
     }
+    return Arguments(_PLAIN, {**values, **more})
 
 
-def create(arguments: dict[str, Any], *, seed: int, drop_path: float = 0.0) -> VisionTransformer:
+def create(arguments: Arguments, *, seed: int, drop_path: float = 0.0) -> ViT:
     """A randomly initialised model; equal seeds give equal weights, and no other random state is touched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return VisionTransformer(**arguments, drop_path_rate=drop_path)
+        return CLASSES[arguments.entry](**arguments.values, drop_path_rate=drop_path)
 
 
 def save(
-    folder: Path, model: torch.nn.Module, arguments: dict[str, Any], more: Mapping[str, Any] | None = None
+    folder: Path, model: torch.nn.Module, arguments: Arguments, more: Mapping[str, Any] | None = None
 ) -> None:
     """Writes weights as safetensors, then what timm needs to build the model, and their checksum.
 
-    Load them with `timm.create_model("vit_tiny_patch16_224", checkpoint_path=..., num_classes=...,
-    **model_args)`, with both from config.json, or `timm.create_model("local-dir:<folder>", pretrained=True)`.
+    Load them with `timm.create_model(architecture, checkpoint_path=..., num_classes=..., **model_args)`, with
+    all three from config.json, or `timm.create_model("local-dir:<folder>", pretrained=True)`.
 
     Args:
         more: further entries of config.json, which timm leaves alone.
@@ -59,16 +127,17 @@ def save(
     state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
     with atomic(folder / WEIGHTS) as temporary:
         save_file(state, temporary, metadata={"format": "pt"})
-    model_args = {key: value for key, value in arguments.items() if key != "num_classes"}
+    values = arguments.values
+    model_args = {key: value for key, value in values.items() if key != "num_classes"}
     write_sealed(
         folder / CONFIG,
         {
-            "architecture": "vit_tiny_patch16_224",  # any plain ViT entry: model_args say the rest
-            "num_classes": arguments["num_classes"],
+            "architecture": arguments.entry,
+            "num_classes": values["num_classes"],
             "model_args": model_args,
             "pretrained_cfg": {  # without it timm opens no folder
-                "input_size": [arguments["in_chans"], arguments["img_size"], arguments["img_size"]],
-                "num_classes": arguments["num_classes"],
+                "input_size": [values["in_chans"], values["img_size"], values["img_size"]],
+                "num_classes": values["num_classes"],
                 "first_conv": "patch_embed.proj",
                 "classifier": "head",
             },
@@ -97,9 +166,7 @@ def load_weights(path: Path, *, made_by: str) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def load(
-    folder: Path, *, made_by: str, change: Callable[[VisionTransformer, dict[str, Any]], None] | None = None
-) -> VisionTransformer:
+def load(folder: Path, *, made_by: str, change: Callable[[ViT, dict[str, Any]], None] | None = None) -> ViT:
     """The model that `save` wrote, in eval mode.
 
     Args:
@@ -115,7 +182,7 @@ def load(
         raise StudyError(
             f"is damaged: its checksum is not the one in {CONFIG}", where=str(path), remedy=remedy
         )
-    model = VisionTransformer(**config["model_args"], num_classes=config["num_classes"])
+    model = CLASSES[config["architecture"]](**config["model_args"], num_classes=config["num_classes"])
     if change is not None:
         change(model, config)
     insert(model, weights, where=path)

@@ -147,6 +147,8 @@ def mask(heads: tuple[int, ...], like: Tensor) -> Tensor:
 
 def _one_call(teacher: Attention | Maps, own: Attention) -> bool:
     """Heads of both can go through one call: equal sizes, no bias, the usual scale."""
-    if isinstance(teacher, Maps) or any(part is not None for part in (own.bias, own.scale)):
+    if isinstance(teacher, Maps):
         return False
-    return teacher.queries_and_keys()[0].shape == own.queries.shape
+    if any(part is not None for side in (teacher, own) for part in (side.bias, side.scale)):
+        return False
+    return teacher.queries.shape == own.queries.shape

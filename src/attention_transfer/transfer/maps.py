@@ -81,7 +81,12 @@ def fitted(attention: Attention | Maps, heads: int) -> Attention | Maps:
         raise ValueError(f"maps of {count} heads do not fit {heads} heads: one number must divide the other")
     if isinstance(attention, Maps):
         return Maps(attention.probabilities.repeat_interleave(heads // count, dim=1))
-    queries, keys = attention.queries_and_keys()
+    repeats, bias = heads // count, attention.bias
+    if bias is not None and bias.shape[1] > 1:  # else it is the same for all heads
+        bias = bias.repeat_interleave(repeats, dim=1)
     return Attention(
-        queries.repeat_interleave(heads // count, dim=1), keys.repeat_interleave(heads // count, dim=1)
+        attention.queries.repeat_interleave(repeats, dim=1),
+        attention.keys.repeat_interleave(repeats, dim=1),
+        bias,
+        attention.scale,
     )

@@ -36,18 +36,18 @@ def paths(study: Study, name: str, *, device: str) -> dict[str, str]:
     teacher, student = study.teachers[run.teacher].architecture, study.architecture(name)
     as_maps = study.attention.content == "maps" or run.average is not None or teacher.heads > student.heads
     tokens = student.tokens(study.data.image_size)
+    biased = "relative_bias" in (*teacher.components, *student.components)
     if run.method == "distill":
         assert run.attention_loss is not None  # checked by config
-        plain = run.attention_loss.temperature == 1 and all(
-            len(heads) == student.heads for heads in study.heads(name)
-        )
+        whole_maps = all(len(heads) == student.heads for heads in study.heads(name))
+        plain = run.attention_loss.temperature == 1 and whole_maps and not biased
         how = joint_attention.path(device, tokens, student.width // student.heads) if plain else "streamed"
         return {"attention_loss": "maps" if as_maps else how}
     head_dim = teacher.width // teacher.heads
     whole = "maps" if as_maps else constant_map.path(device, tokens, head_dim)
     found: dict[str, str] = {"copied_layers": whole} if slimmed_layers(study, name) else {}
     if len(slimmed_layers(study, name)) < len(study.layers(name)):
-        one_call = head_dim == student.width // student.heads  # see CopiedHeads
+        one_call = head_dim == student.width // student.heads and not biased  # see CopiedHeads
         found["layers_of_copied_heads"] = "fused" if one_call and not as_maps else whole
     return found
 

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from attention_transfer.models.attention import Attention, read
+from attention_transfer.models.tokens import TokenLayout
 from attention_transfer.transfer.cache import CacheReader
 from attention_transfer.transfer.cache_layout import Content
 from attention_transfer.transfer.distill_features import features
 from attention_transfer.transfer.maps import Maps, averaged, normalised
 from attention_transfer.transfer.method import Given, Needs
 from attention_transfer.transfer.quantisation import DType, rounded
+from attention_transfer.transfer.token_layout import align, align_maps
 
 
 class TeacherSource(Protocol):
@@ -49,12 +51,12 @@ class CachedTeacher:
             maps = self.reader.read_maps(examples, view, self.layers).to(images.device)
             return Given(attention=tuple(map(normalised, maps.unbind(dim=1))))
         rows = self.reader.read(examples, view, self.layers).to(images.device, torch.float32)
-        return Given(attention=tuple(Attention(q, k) for q, k in map(_pair, rows.unbind(dim=2))))
+        return Given(attention=tuple(map(self._attention, self.layers, rows.unbind(dim=2))))
 
-
-def _pair(layer: Tensor) -> tuple[Tensor, Tensor]:
-    queries, keys = layer.unbind(dim=1)
-    return queries, keys
+    def _attention(self, layer: int, rows: Tensor) -> Attention:
+        queries, keys = rows.unbind(dim=1)
+        bias = self.reader.bias
+        return Attention(queries, keys, None if bias is None else bias[layer, None].to(rows.device))
 
 
 class OnlineTeacher:
@@ -106,11 +108,47 @@ def teacher_maps(teacher: nn.Module, images: Tensor, layers: tuple[int, ...]) ->
 def teacher_attention(teacher: nn.Module, images: Tensor, layers: tuple[int, ...]) -> Tensor:
     """The teacher's queries and keys as the cache takes them: (batch, 2, layers, heads, tokens, head_dim).
 
-    Raises:
-        TypeError: they are not all of its maps.
+    With `teacher_bias` they are all of its maps.
     """
     found = attention_of(teacher, images, layers)
-    return torch.stack([torch.stack(layer.queries_and_keys(), dim=1) for layer in found], dim=2)
+    return torch.stack([torch.stack((layer.queries, layer.keys), dim=1) for layer in found], dim=2)
+
+
+def teacher_bias(teacher: nn.Module, image: Tensor, layers: tuple[int, ...]) -> Tensor | None:
+    """What the teacher adds to its logits, the same for every image, (layers, heads or 1, tokens, tokens); or None.
+
+    Args:
+        image: any one, (1, channels, size, size).
+
+    Raises:
+        TypeError: it scales its logits in its own way, which no cache says.
+    """
+    found = attention_of(teacher, image, layers)
+    if any(layer.scale is not None for layer in found):
+        raise TypeError("attention with a scale of its own cannot be cached: set attention.source to online")
+    biases = [layer.bias for layer in found if layer.bias is not None]
+    return torch.cat(biases) if biases else None
+
+
+class Aligned:
+    """A teacher's attention for the tokens of a student that lacks some of the teacher's.
+
+    Args:
+        source: of the attention.
+        teacher, student: their tokens.
+    """
+
+    def __init__(self, source: TeacherSource, teacher: TokenLayout, student: TokenLayout) -> None:
+        self.source, self.teacher, self.student = source, teacher, student
+
+    def __call__(self, images: Tensor, examples: np.ndarray, view: int) -> Given:
+        found = self.source(images, examples, view).attention
+        return Given(attention=tuple(map(self._aligned, found)))
+
+    def _aligned(self, layer: Attention | Maps) -> Attention | Maps:
+        if isinstance(layer, Maps):
+            return Maps(align_maps(layer.probabilities, self.teacher, self.student))
+        return align(layer, self.teacher, self.student)
 
 
 class Averaged:
