@@ -1,4 +1,5 @@
 # Two commands on a fresh machine: `make study` and `make test`. Each sets everything up by itself.
+# `make study JOBS=2` runs two stages at a time, where they do not wait for each other.
 PYTHON ?= python3
 STUDY ?= core
 PORT ?= 5000
@@ -17,7 +18,7 @@ APT := command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]
 
 study: setup
 	python -m attention_transfer check --params $(PARAMS)
-	dvc repro $(GRAPH)
+	$(if $(JOBS),python -m attention_transfer repro --params $(PARAMS) --jobs $(JOBS),dvc repro $(GRAPH))
 	python -m attention_transfer show --params $(PARAMS)
 
 # Tests run on two workers with a thread each: two teams of threads on two cores wait for each other.

@@ -5,21 +5,22 @@ from attention_transfer.stage import Stage, run_script
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from attention_transfer import config
 from attention_transfer.assembly import Parts
-from attention_transfer.data import views
+from attention_transfer.data import pretraining_images, views
 from attention_transfer.errors import StudyError
 from attention_transfer.files import sha256, write_csv
-from attention_transfer.models import vit
-from attention_transfer.models.masked_autoencoder import MaskedAutoencoder
+from attention_transfer.models import pretraining, vit
 from attention_transfer.training import machine
+from attention_transfer.training.batches import Render
 from attention_transfer.training.checkpoint import Checkpoint
 from attention_transfer.training.loop import fit
 from attention_transfer.training.pretraining_task import PretrainingTask
 
-CURVE = ["epoch", "step", "reconstruction_loss", "learning_rate"]
+CURVE = ["epoch", "step", "pretraining_loss", "learning_rate"]
 
 
 def main(this: Stage) -> None:
@@ -36,13 +37,13 @@ def main(this: Stage) -> None:
         rows: list[dict[str, float]] = []  # a teacher that is not trained here has a curve without rows
         metrics: dict[str, float] = {}
         match teacher:
-            case config.MaskedAutoencoder():
-                model, rows, metrics = masked_autoencoder(this, parts, teacher, arguments)
+            case config.Pretrained():
+                model, rows, metrics = pretrained(this, parts, teacher, arguments)
             case config.Untrained():
                 model = vit.create(arguments, seed=teacher.seed)
             case config.FromFile():
                 model = from_file(this, teacher, arguments)
-        renamed = [{**row, "reconstruction_loss": row["total"]} for row in rows]
+        renamed = [{**row, "pretraining_loss": row["total"]} for row in rows]
         write_csv(this.record / "curve.csv", CURVE, renamed)
         vit.save(this.layout.teacher(name), model, arguments)
         return metrics | {"parameters": sum(weight.numel() for weight in model.parameters())}
@@ -59,16 +60,20 @@ def main(this: Stage) -> None:
     )
 
 
-def masked_autoencoder(
-    this: Stage, parts: Parts, teacher: config.MaskedAutoencoder, arguments: vit.Arguments
+def pretrained(
+    this: Stage, parts: Parts, teacher: config.Pretrained, arguments: vit.Arguments
 ) -> tuple[torch.nn.Module, list[dict[str, float]], dict[str, float]]:
-    """Pre-trains on the training images without labels, validation left out."""
-    model = MaskedAutoencoder.of(teacher, arguments).to(parts.device)
-    examples = parts.split("pretrain")
+    """Pre-trains on the task's training images, validation left out, or on others."""
+    where = this.where(f"teachers.{this.instance['teacher']}")
+    count, labels, render = images(parts, teacher, where=where)
+    steps = teacher.epochs * (count // teacher.batch_size)
+    model: Any = pretraining.build(teacher, arguments, steps=steps).to(parts.device)
     task = PretrainingTask(
         model,
-        count=len(examples),
-        render=parts.renderer(examples, views.PretrainingViews(teacher.crop_scale)),
+        count=count,
+        views=model.views,
+        labels=labels if model.labelled else None,
+        render=render,
         batch_size=teacher.batch_size,
         seed=teacher.seed,
         device=parts.device,
@@ -83,17 +88,48 @@ def masked_autoencoder(
         checkpoint=Checkpoint(this.checkpoints()),
         sink=this.tracker,
         label=this.label,
-        where=this.where(f"teachers.{this.instance['teacher']}"),
+        where=where,
     )
-    final = history.rows[-1]["total"]
+    metrics = {
+        "pretraining_loss": history.rows[-1]["total"],
+        "images": count,
+        "steps": history.steps,
+        "epochs": teacher.epochs,
+    }
+    return model.encoder, history.rows, metrics
+
+
+def images(parts: Parts, teacher: config.Pretrained, *, where: str) -> tuple[int, np.ndarray | None, Render]:
+    """Number of images to pre-train on, their labels where they have any, and what gives views of them."""
+    params, examples = views.PretrainingViews(teacher.crop_scale), parts.split("pretrain")
+    if teacher.images == "task":
+        labels = parts.train.labels[examples]
+        if isinstance(teacher, config.GroupClassification) and len(teacher.groups) != parts.classes:
+            raise StudyError(
+                f"{len(teacher.groups)} numbers, but the task has {parts.classes} classes",
+                where=f"{where}.groups",
+                remedy="give each class the number of its group",
+            )
+        return len(examples), labels, parts.renderer(examples, params)
+    data = parts.study.data
+    try:
+        # As many fractals as the task has images; there are few digits.
+        found = pretraining_images.load(
+            teacher.images,
+            size=data.image_size,
+            channels=data.channels,
+            count=len(examples) if teacher.images == "fractals" else pretraining_images.DIGITS,
+            seed=teacher.seed,
+        )
+    except ValueError as error:
+        raise StudyError(
+            str(error), where=f"{where}.images", remedy="choose other images or sizes"
+        ) from error
+    recipe = parts.view_recipe(params, found.description)
     return (
-        model.encoder,
-        history.rows,
-        {
-            "reconstruction_loss": final,
-            "steps": history.steps,
-            "epochs": teacher.epochs,
-        },
+        len(found),
+        None,
+        lambda rows, view: views.render(recipe, found.pixels[rows], rows, view).to(parts.device),
     )
 
 

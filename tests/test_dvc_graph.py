@@ -7,6 +7,7 @@ import configparser
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -198,8 +199,33 @@ def test_records_stay_in_git() -> None:
                 assert kept == path.startswith(("metrics/", "reports/")), path
 
 
+def test_graphs_are_as_their_writer_writes_them() -> None:
+    for path, text in runpy.run_path(str(ROOT / "studies" / "graphs.py"))["graphs"]().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path}: run python studies/graphs.py"
+
+
+def test_each_experiment_has_the_graph_of_experiments() -> None:
+    for preset in (ROOT / "presets").glob("*.yaml"):
+        folder = ROOT / "studies" / preset.stem
+        experiments = {path.name for path in folder.iterdir() if path.is_dir()}
+        assert experiments == set(config.load(preset).experiments)
+        for name in experiments:
+            assert (folder / name / "dvc.yaml").is_symlink()
+            assert (folder / name / "dvc.yaml").resolve() == ROOT / "studies" / "experiment.yaml"
+            params = f"presets/{preset.stem}/{name}.yaml"
+            assert (folder / name / "params.yaml").resolve() == ROOT / params
+            assert yaml.safe_load((folder / name / "where.yaml").read_text(encoding="utf-8"))["where"] == {
+                "root": "../../..",
+                "params": params,
+                "shared": f"presets/{preset.stem}.yaml",
+                "base": preset.stem,
+                "own": f"{preset.stem}/experiments/{name}",
+                "experiment": name,
+            }
+
+
 def test_each_study_is_the_same_graph() -> None:
-    folders = [path for path in (ROOT / "studies").iterdir() if path.is_dir()]
+    folders = [path for path in (ROOT / "studies").iterdir() if path.is_dir() and path.name != "__pycache__"]
     assert {"smoke"} <= {folder.name for folder in folders}
     for folder in folders:
         assert (folder / "dvc.yaml").is_symlink()

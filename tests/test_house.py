@@ -23,7 +23,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "files": ("errors",),
     "layout": (),
     "params_yaml": ("errors",),
-    "config": ("errors", "params_yaml"),
+    "config_values": (),
+    "config_teachers": ("config_values",),
+    "config": ("config_teachers", "config_values", "errors", "params_yaml"),
     "provenance": ("files",),
     "lock_file": ("errors", "files"),
     "run_record": ("errors", "files"),
@@ -141,7 +143,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 ONLY_IN = {
     "mlflow": ("tracking",),
     "yaml": ("lock_file", "params_yaml", "tracking.sync"),  # the first and the last read DVC's lock files
-    "pydantic": ("config",),
+    "pydantic": ("config", "config_teachers", "config_values"),
     "timm": ("assembly", "data.sources", "models", "training"),
     "torchvision": ("data.sources",),
 }

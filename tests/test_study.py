@@ -341,6 +341,52 @@ def test_added_run_and_seed_run_alone(study: Study) -> None:
     assert "copy_first" in (study.folder / "reports/smoke/tables/main.csv").read_text()
 
 
+def test_an_experiment_runs_on_the_studys_data_and_teachers(study: Study) -> None:
+    """Its runs alone; the study itself and its other stages stay as they are."""
+    values = yaml.safe_load((study.folder / PRESET).read_text(encoding="utf-8"))
+    folder, preset = study.folder / "studies/smoke/heads", study.folder / "presets/smoke/heads.yaml"
+    folder.mkdir()
+    preset.parent.mkdir()
+    experiment = {
+        "extends": "../smoke.yaml",
+        "name": "smoke/heads",
+        "seeds": [0],
+        "runs": {"copy_a_head": {**values["runs"]["copy"], "heads": [0], "epochs": 2, "warmup_epochs": 1.0}},
+        "ensembles": {},
+        "evaluation": {"sets": ["validation", "test"]},
+    }
+    preset.write_text(yaml.safe_dump(experiment), encoding="utf-8")
+    where = {
+        "root": "../../..",
+        "params": "presets/smoke/heads.yaml",
+        "shared": PRESET,
+        "base": "smoke",
+        "own": "smoke/experiments/heads",
+        "experiment": "heads",
+    }
+    (folder / "where.yaml").write_text(yaml.safe_dump({"where": where}), encoding="utf-8")
+    (folder / "dvc.yaml").symlink_to("../../experiment.yaml")
+    (folder / "params.yaml").symlink_to("../../../presets/smoke/heads.yaml")
+    graph = "studies/smoke/heads/dvc.yaml"
+    expected = {"resolve@copy_a_head", "train@copy_a_head-0", "predict@copy_a_head-0", "evaluate"}
+    assert study.stages_run(graph) == expected
+    assert study.stages_run(graph) == set()
+    scores = pd.read_csv(study.folder / "metrics/smoke/evaluate/heads/scores.csv")
+    assert set(scores["run"]) == {"copy_a_head"}
+    assert set(scores["set"]) == {"validation", "test"}
+    # What gathers all records has one folder more to look at; nothing else of the study is touched.
+    assert study.stages_run(GRAPH) == {"report"}
+    (trained,) = study.runs("tags.run = 'copy_a_head' and tags.stage = 'train'")
+    assert trained["tags"]["study"] == "smoke"
+    assert study.run(sys.executable, "-m", "attention_transfer", "sync").code == 0
+    (trained,) = study.runs("tags.run = 'copy_a_head' and tags.stage = 'train'")
+    assert trained["tags"]["dvc.stage"] == "train@copy_a_head-0"
+    preset.write_text(yaml.safe_dump(experiment | {"seeds": [1]}), encoding="utf-8")
+    assert study.stages_run(graph) == {"train@copy_a_head-1", "predict@copy_a_head-1", "evaluate"}
+    for made in (preset.parent, folder, study.folder / "metrics/smoke/evaluate/heads"):
+        shutil.rmtree(made)
+
+
 def test_removed_run_and_seed_leave_no_number_behind(study: Study) -> None:
     with study.edited() as values:
         del values["runs"]["copy_first"]

@@ -258,7 +258,7 @@ def test_hashes_of_the_lock_file_become_tags(
     lock.write_text(f"schema: '2.0'\nstages:{stages}\n")
     report = tracking.sync(tmp_path / "metrics", root=root, locks={})
     assert report.imported == ("train-copy-1",)
-    lock_at_root = {study: lock}
+    lock_at_root = {study: [lock]}
     # Paths are relative to the folder that the stages run in, here the parent of the lock's.
     (tmp_path / "studies" / "metrics").symlink_to(tmp_path / "metrics")
     report = tracking.sync(tmp_path / "metrics", root, lock_at_root)

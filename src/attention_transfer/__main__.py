@@ -18,10 +18,11 @@ def check(arguments: argparse.Namespace) -> None:
     """
     from attention_transfer import config, lock_file, plan
 
-    study = config.load(arguments.params)
-    if count := lock_file.mend(study.name):
-        print(f"{lock_file.path(study.name)}: put back {count} stages that were cut off")
-    lock_file.forget_checkpoints(study.name)
+    study, experiments = config.load(arguments.params), config.experiments(arguments.params)
+    for each in (study, *experiments.values()):
+        if count := lock_file.mend(each.name):
+            print(f"{lock_file.path(each.name)}: put back {count} stages that were cut off")
+        lock_file.forget_checkpoints(each.name)
     plan.check_room(study, Layout(study.name), arguments.params)
     for name in study.teachers:
         print(f"attention of {name}: {plan.attention_source(study, name)}")
@@ -30,6 +31,8 @@ def check(arguments: argparse.Namespace) -> None:
     print(
         f"{arguments.params}: study {study.name}, {len(study.runs)} runs x {len(study.seeds)} seeds, is in order"
     )
+    for name, experiment in experiments.items():
+        print(f"experiment {name}: {len(experiment.runs)} runs x {len(experiment.seeds)} seeds")
 
 
 def show(arguments: argparse.Namespace) -> None:
@@ -69,12 +72,22 @@ def remake(arguments: argparse.Namespace) -> None:
     sys.exit(remake.remake(arguments.stage))
 
 
+def repro(arguments: argparse.Namespace) -> None:
+    """Does what `dvc repro` does, with several stages at a time."""
+    from attention_transfer import config, lock_file
+    from attention_transfer.commands import repro
+
+    graph = lock_file.path(config.load(arguments.params).name).with_name("dvc.yaml")
+    sys.exit(repro.repro(graph, arguments.jobs))
+
+
 def prune(arguments: argparse.Namespace) -> None:
     """Lists what no entry of params.yaml needs any longer, with its size; with --delete, deletes it."""
     from attention_transfer import config
     from attention_transfer.commands import prune
 
-    prune.show(config.load(arguments.params), delete_too=arguments.delete)
+    found = config.experiments(arguments.params)
+    prune.show(config.load(arguments.params), [*found.values()], delete_too=arguments.delete)
 
 
 def sync(arguments: argparse.Namespace) -> None:
@@ -84,13 +97,15 @@ def sync(arguments: argparse.Namespace) -> None:
     print(tracking.sync(Path("metrics"), Path(), _locks()))
 
 
-def _locks() -> dict[str, Path]:
-    """The lock file of each study that has one."""
-    found = {path.parent.name: path for path in Path("studies").glob("*/dvc.lock")}
+def _locks() -> dict[str, list[Path]]:
+    """The lock files of each study that has one, those of its experiments among them."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(Path("studies").glob("**/dvc.lock")):
+        found.setdefault(path.parts[1], []).append(path)
     if Path("dvc.lock").exists():
         from attention_transfer import config
 
-        found[config.load("params.yaml").name] = Path("dvc.lock")
+        found[config.load("params.yaml").name] = [Path("dvc.lock")]
     return found
 
 
@@ -112,10 +127,17 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "plan": forecast,
     "verify": verify,
     "remake": remake,
+    "repro": repro,
     "prune": prune,
     "sync": sync,
     "ui": ui,
 }
+
+
+def _jobs(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of stages: give 1 or more")
+    return int(text)
 
 
 def main() -> None:
@@ -124,10 +146,11 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in COMMANDS.items():
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        if name in ("check", "show", "plan", "verify", "prune"):
+        if name in ("check", "show", "plan", "verify", "prune", "repro"):
             command.add_argument("--params", type=Path, default=Path("params.yaml"))
     commands.choices["plan"].add_argument("--json", action="store_true")
     commands.choices["remake"].add_argument("stage", help="as DVC names it, such as train@copy-0")
+    commands.choices["repro"].add_argument("--jobs", type=_jobs, default=1, help="stages at a time")
     commands.choices["prune"].add_argument("--delete", action="store_true")
     commands.choices["ui"].add_argument("--port", type=int, default=5000)
     commands.choices["ui"].add_argument("--host", default="127.0.0.1")

@@ -46,8 +46,11 @@ class Parts:
         """Numbers of a split's images in the training images."""
         return splits.load(self.layout.splits, name)
 
-    def view_recipe(self, params: views.ViewParams) -> views.ViewRecipe:
-        description = self.description
+    def view_recipe(
+        self, params: views.ViewParams, description: images.Description | None = None
+    ) -> views.ViewRecipe:
+        """Of the task's images, or of others."""
+        description = description or self.description
         return views.ViewRecipe.of(
             params,
             dataset=description.fingerprint,

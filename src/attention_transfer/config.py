@@ -2,7 +2,8 @@
 
 `load` checks the whole file, relations between its keys included, before any stage works. Only
 `runs` have defaults, and the stage `resolve` writes each run's resolved values to a file that
-training depends on: a changed default reruns what it changes.
+training depends on: a changed default reruns what it changes. Elsewhere a key may be left out where
+that says what it means: no components, no experiments, the task's own images to pre-train on.
 """
 
 from __future__ import annotations
@@ -10,21 +11,57 @@ from __future__ import annotations
 import difflib
 import math
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from attention_transfer import params_yaml
+from attention_transfer.config_teachers import (
+    Architecture,
+    Component,
+    Decoder,
+    FromFile,
+    GroupClassification,
+    MaskedAutoencoder,
+    MaskedImageModelling,
+    MomentumContrast,
+    Pretrained,
+    SelfDistillation,
+    Teacher,
+    Untrained,
+)
+from attention_transfer.config_values import (
+    Fraction,
+    Name,
+    Positive,
+    Probability,
+    Rate,
+    Section,
+    Seed,
+    Share,
+    StudyName,
+    divides,
+    no_value_twice,
+    ordered,
+    warms_up,
+)
 from attention_transfer.errors import StudyError
 
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
-"""A name becomes a folder, a stage and a label: lower-case letters, digits and underscores."""
-Positive = Annotated[int, Field(gt=0)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Rate = Annotated[float, Field(gt=0, le=10)]
+__all__ = [
+    "Architecture",
+    "Component",
+    "FromFile",
+    "GroupClassification",
+    "MaskedAutoencoder",
+    "MaskedImageModelling",
+    "MomentumContrast",
+    "Pretrained",
+    "SelfDistillation",
+    "Study",
+    "Untrained",
+    "experiments",
+    "load",
+]
 
 Method = Literal[
     "scratch", "finetune", "linear_probe", "copy", "distill", "distill_features", "distill_logits"
@@ -49,12 +86,6 @@ Shift = Literal[
 ]
 SHIFTS: tuple[str, ...] = get_args(Shift)
 SMALLEST_SHIFTED = 16  # pixels: below that, blurs and noise of these strengths leave no image
-
-
-class Section(BaseModel):
-    """Frozen; a key that is not declared here is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Data(Section):
@@ -111,8 +142,8 @@ class Views(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        _ordered("crop_scale", self.crop_scale)
-        _ordered("crop_ratio", self.crop_ratio)
+        ordered("crop_scale", self.crop_scale)
+        ordered("crop_ratio", self.crop_ratio)
         return self
 
 
@@ -133,114 +164,6 @@ class AttentionCache(Section):
         if self.content == "maps" and self.dtype == "int8":
             raise ValueError("dtype: maps are stored as floats: choose float16 or float32")
         return self
-
-
-Component = Literal["layer_scale", "registers", "rotary", "relative_bias", "swiglu", "pre_norm", "qk_norm"]
-"""What families of pre-trained models have beyond the plain Vision Transformer (paper B)."""
-REGISTERS = 4  # tokens, as in Darcet et al., 2024
-
-
-class Architecture(Section):
-    """A Vision Transformer; image size and channels are the data's."""
-
-    patch_size: Positive
-    width: Positive
-    depth: Positive
-    heads: Positive
-    mlp_ratio: Rate
-    components: tuple[Component, ...] = ()
-    """Added to the plain one; see models/vit.py."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        _divides("heads", self.heads, "width", self.width)
-        _no_value_twice("components", self.components)
-        beside = {"registers", "rotary", "pre_norm", "qk_norm"} & set(self.components)
-        if "relative_bias" in self.components and beside:
-            raise ValueError(
-                f"components: timm has no model with relative_bias and {', '.join(sorted(beside))}"
-            )
-        if "rotary" in self.components and (self.width // self.heads) % 4:
-            raise ValueError(
-                f"heads: rotary needs a multiple of 4 numbers a head, not {self.width // self.heads}"
-            )
-        return self
-
-    @property
-    def registers(self) -> int:
-        """Tokens between the class token and the patches."""
-        return REGISTERS if "registers" in self.components else 0
-
-    def tokens(self, image_size: int) -> int:
-        """Patches, class token and registers of a square image of so many pixels a side."""
-        return (image_size // self.patch_size) ** 2 + 1 + self.registers
-
-
-class Decoder(Section):
-    """The masked autoencoder's light decoder."""
-
-    width: Positive
-    depth: Positive
-    heads: Positive
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        _divides("heads", self.heads, "width", self.width)
-        return self
-
-
-class MaskedAutoencoder(Section):
-    """A teacher pre-trained here, without labels (He et al., 2022)."""
-
-    kind: Literal["mae"]
-    architecture: Architecture
-    decoder: Decoder
-    mask_ratio: Fraction
-    epochs: Positive
-    warmup_epochs: Annotated[float, Field(ge=0)]
-    batch_size: Positive
-    learning_rate: Rate
-    weight_decay: Annotated[float, Field(ge=0)]
-    crop_scale: tuple[Share, Share]
-    seed: Seed
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        _ordered("crop_scale", self.crop_scale)
-        _warms_up(self.warmup_epochs, self.epochs)
-        if self.architecture.components:
-            raise ValueError(
-                f"architecture.components: {list(self.architecture.components)} cannot be pre-trained by mae, "
-                "whose encoder sees some of the tokens alone"
-            )
-        return self
-
-    # The rest of the optimiser's recipe is that of He et al. (2022), appendix A.1.
-    min_learning_rate: ClassVar[float] = 0.0
-    betas: ClassVar[tuple[float, float]] = (0.9, 0.95)
-    layer_decay: ClassVar[float] = 1.0
-    ema: ClassVar[float | None] = None
-
-
-class Untrained(Section):
-    """A randomly initialised teacher: the control for what pre-training adds."""
-
-    kind: Literal["untrained"]
-    architecture: Architecture
-    seed: Seed
-
-
-class FromFile(Section):
-    """A teacher that the user brings: weights of timm's VisionTransformer, as safetensors."""
-
-    kind: Literal["file"]
-    architecture: Architecture
-    path: str
-    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-    """Of the file: another file is another teacher, and reruns what depends on it."""
-
-
-Teacher = Annotated[MaskedAutoencoder | Untrained | FromFile, Field(discriminator="kind")]
 
 
 class AttentionLoss(Section):
@@ -349,7 +272,7 @@ class Run(Section):
         self._consistent_transfer()
         if self.method == "linear_probe" and (self.layer_decay != 1.0 or self.drop_path != 0.0):
             raise ValueError("layer_decay, drop_path: linear_probe trains the head alone; remove these keys")
-        _warms_up(self.warmup_epochs, self.epochs)
+        warms_up(self.warmup_epochs, self.epochs)
         if self.min_learning_rate > self.learning_rate:
             raise ValueError("min_learning_rate: larger than learning_rate")
         return self
@@ -448,9 +371,11 @@ class Report(Section):
 
 
 class Study(Section):
-    """A whole params.yaml."""
+    """A whole params.yaml, or an experiment with what it takes from the study that it extends."""
 
-    name: Name
+    name: StudyName
+    experiments: tuple[Name, ...] = ()
+    """Further runs on this study's data and teachers: each in a file of its own, see `experiments`."""
     seeds: tuple[Seed, ...]
     data: Data
     views: Views
@@ -472,11 +397,12 @@ class Study(Section):
                 raise ValueError(f"{key}: is empty; at least one is needed")
         for key, values in (
             ("seeds", self.seeds),
+            ("experiments", self.experiments),
             ("evaluation.sets", self.evaluation.sets),
             ("evaluation.shifts", self.evaluation.shifts),
             ("evaluation.severities", self.evaluation.severities),
         ):
-            _no_value_twice(key, values)
+            no_value_twice(key, values)
         if self.training.curve_images > self.data.validation:
             raise ValueError(
                 f"training.curve_images: {self.training.curve_images} is more than the "
@@ -484,7 +410,7 @@ class Study(Section):
             )
         for name, teacher in self.teachers.items():
             key, patch_size = f"teachers.{name}.architecture.patch_size", teacher.architecture.patch_size
-            _divides(key, patch_size, "data.image_size", self.data.image_size)
+            divides(key, patch_size, "data.image_size", self.data.image_size)
         for name, run in self.runs.items():
             self._fits_its_teacher(name, run)
             self._has_room_for_a_batch(f"runs.{name}", run)
@@ -527,7 +453,7 @@ class Study(Section):
             _known(f"runs.{name}.initial", run.initial, self.teachers)
             if (initial := self.teachers[run.initial].architecture) != student:
                 raise ValueError(f"runs.{name}.initial: {run.initial} has another architecture, {initial}")
-        _divides(
+        divides(
             f"runs.{name}.architecture.patch_size",
             student.patch_size,
             "data.image_size",
@@ -622,26 +548,6 @@ class Study(Section):
         return (tuple(every),) * len(layers)
 
 
-def _divides(key: str, part: int, whole_key: str, whole: int) -> None:
-    if whole % part:
-        raise ValueError(f"{key}: {part} does not divide {whole_key}, {whole}")
-
-
-def _no_value_twice(key: str, values: tuple[Any, ...]) -> None:
-    if len(set(values)) != len(values):
-        raise ValueError(f"{key}: {list(values)} names a value twice")
-
-
-def _ordered(key: str, limits: tuple[float, float]) -> None:
-    if limits[0] > limits[1]:
-        raise ValueError(f"{key}: the smallest value, {limits[0]}, is larger than the largest, {limits[1]}")
-
-
-def _warms_up(warmup_epochs: float, epochs: int) -> None:
-    if warmup_epochs >= epochs:
-        raise ValueError(f"warmup_epochs: {warmup_epochs} is not below epochs, {epochs}")
-
-
 def _known(key: str, name: str, names: dict[str, Any]) -> None:
     if name not in names:
         raise ValueError(f"{key}: {name!r} is not defined; {_nearest(name, names)}")
@@ -653,13 +559,96 @@ def _nearest(name: str, names: Any) -> str:
 
 
 def load(path: Path | str) -> Study:
-    """Reads and checks a params.yaml.
+    """Reads and checks a params.yaml, or the file of an experiment.
 
     Raises:
         StudyError: names file, key, value and remedy of everything that is wrong with it.
     """
     path = Path(path)
     values = params_yaml.read(path)
+    if extended := EXTENDS in values:
+        values = _extended(path, values)
+    study = _checked(path, values)
+    if "/" in study.name and not extended:
+        raise StudyError(
+            f"name: {study.name!r} is an experiment's, which has the key {EXTENDS}",
+            where=str(path),
+            remedy=f"name the study that it extends under {EXTENDS}, or give a name without a slash",
+        )
+    return study
+
+
+def experiments(path: Path | str) -> dict[str, Study]:
+    """The experiments that a study names, checked: <study's file without .yaml>/<experiment>.yaml.
+
+    Raises:
+        StudyError: as `load`; or two of them, or one and the study, have a run of the same name.
+    """
+    path = Path(path)
+    study, found = load(path), dict[str, Study]()
+    owners = dict.fromkeys(study.runs, path)
+    for name in study.experiments:
+        file = path.with_suffix("") / f"{name}.yaml"
+        found[name] = load(file)
+        if found[name].name != f"{study.name}/{name}":
+            raise StudyError(
+                f"name: {found[name].name!r} is not {study.name}/{name}, as {path} calls it",
+                where=str(file),
+                remedy="correct the name, or rename the file",
+            )
+        for run in found[name].runs:
+            if run in owners:
+                raise StudyError(
+                    f"runs.{run}: {owners[run]} has a run of this name",
+                    where=str(file),
+                    remedy="a run has one name in the whole study: choose another",
+                )
+            owners[run] = file
+    return found
+
+
+EXTENDS = "extends"  # key of an experiment's file: path of the study's, from there
+_OWN = (
+    "name",
+    "seeds",
+    "runs",
+    "ensembles",
+)  # what an experiment says for itself, and which images it predicts
+
+
+def _extended(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """An experiment's values over those of the study that it extends."""
+    base_path = path.parent / str(values.pop(EXTENDS))
+    base = params_yaml.read(base_path)
+    if EXTENDS in base:
+        raise StudyError(
+            f"{EXTENDS}: {base_path} extends another study itself",
+            where=str(path),
+            remedy="name the study that is extended",
+        )
+    _checked(base_path, base)
+    own = values.get("evaluation", {})
+    shared = sorted(values.keys() & Study.model_fields.keys() - {*_OWN, "evaluation"})
+    shared += sorted(f"evaluation.{key}" for key in own if key != "sets") if isinstance(own, dict) else []
+    if shared:
+        raise StudyError(
+            f"{', '.join(shared)}: is that of {base_path} for all of its experiments",
+            where=str(path),
+            remedy=f"remove it here; an experiment has {', '.join(_OWN)} and evaluation.sets",
+        )
+    if not str(values.get("name")).startswith(f"{base['name']}/"):
+        raise StudyError(
+            f"name: {values.get('name')!r} is no experiment of {base['name']}",
+            where=str(path),
+            remedy=f"call it {base['name']}/{path.stem}",
+        )
+    kept = {key: value for key, value in base.items() if key not in (*_OWN, "experiments")}
+    judged = {key: value for key, value in base["evaluation"].items() if key != "sets"}
+    evaluation = {**judged, **own} if isinstance(own, dict) else own
+    return {**kept, **values, "report": None, "evaluation": evaluation}
+
+
+def _checked(path: Path, values: dict[str, Any]) -> Study:
     try:
         return Study.model_validate(values)
     except ValidationError as error:
@@ -728,6 +717,10 @@ def _fields_beside(location: tuple[Any, ...]) -> list[str]:
         "architecture": Architecture,
         "decoder": Decoder,
         "mae": MaskedAutoencoder,
+        "simmim": MaskedImageModelling,
+        "moco_v3": MomentumContrast,
+        "dino": SelfDistillation,
+        "supervised": GroupClassification,
         "untrained": Untrained,
         "file": FromFile,
     }

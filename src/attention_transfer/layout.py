@@ -8,23 +8,46 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Layout:
-    """Folders of one study, relative to the repository's root, where every stage runs."""
+    """Folders of one study, relative to the repository's root, where every stage runs.
+
+    An experiment, such as `full/layers`, shares images, splits, teachers, caches and shifts with its study, `full`,
+    and its records lie among the study's; what its runs make lies apart, so that no stage waits for the runs of
+    another experiment.
+
+    Attributes:
+        study: its name in params.yaml.
+    """
 
     study: str
 
     @property
+    def base(self) -> str:
+        """The study that an experiment extends; a study without a slash is its own."""
+        return self.study.partition("/")[0]
+
+    @property
+    def experiment(self) -> str:
+        """Empty for a study itself."""
+        return self.study.partition("/")[2]
+
+    @property
     def artifacts(self) -> Path:
         """Large outputs, kept by DVC."""
-        return Path("runs") / self.study
+        return Path("runs") / self.base
+
+    @property
+    def own(self) -> Path:
+        """Large outputs of the runs."""
+        return self.artifacts / "experiments" / self.experiment if self.experiment else self.artifacts
 
     @property
     def metrics(self) -> Path:
         """Small records, kept in git."""
-        return Path("metrics") / self.study
+        return Path("metrics") / self.base
 
     @property
     def report(self) -> Path:
-        return Path("reports") / self.study
+        return Path("reports") / self.base
 
     @property
     def images(self) -> Path:
@@ -40,7 +63,7 @@ class Layout:
 
     @property
     def maps(self) -> Path:
-        return self.artifacts / "maps"
+        return self.own / "maps"
 
     def teacher(self, name: str) -> Path:
         return self.artifacts / "teachers" / name
@@ -65,14 +88,17 @@ class Layout:
 
     def resolved(self, run: str) -> Path:
         """What a run depends on: its resolved params and the hashes of what it uses of its teacher."""
-        return self.artifacts / "resolved" / f"{run}.json"
+        return self.own / "resolved" / f"{run}.json"
 
     def student(self, run: str, seed: int) -> Path:
-        return self.artifacts / "students" / run / str(seed)
+        return self.own / "students" / run / str(seed)
 
     def predictions(self, run: str, seed: int) -> Path:
-        return self.artifacts / "predictions" / run / str(seed)
+        return self.own / "predictions" / run / str(seed)
 
     def record(self, stage: str, *instance: str | int) -> Path:
-        """Folder of run.json, metrics.json and curve.csv of one stage instance."""
-        return self.metrics.joinpath(stage, *map(str, instance))
+        """Folder of run.json, metrics.json and curve.csv of one stage instance.
+
+        Runs have one name in the whole study; a stage of which a study has one is told apart by the experiment.
+        """
+        return self.metrics.joinpath(stage, *map(str, instance or filter(None, [self.experiment])))

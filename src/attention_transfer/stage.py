@@ -80,7 +80,7 @@ class Stage:
 
     @property
     def label(self) -> str:
-        return "-".join([self.name, *map(str, self.instance.values())])
+        return "-".join(self.record.relative_to(self.layout.metrics).parts)
 
     def where(self, key: str) -> str:
         """A key of params.yaml, for error messages."""
@@ -126,7 +126,7 @@ class Stage:
     def _tracked(self, kept: Path, patience: float) -> contextlib.AbstractContextManager[tracking.Tracker]:
         run_id = kept.read_text().strip() if kept.exists() else None
         return tracking.start(
-            study=self.study.name,
+            study=self.layout.base,
             stage=self.name,
             name=self.label,
             params=self.params,
@@ -147,7 +147,8 @@ class Stage:
             self.record,
             {
                 "stage": self.name,
-                "study": self.study.name,
+                "study": self.layout.base,
+                **({"experiment": self.layout.experiment} if self.layout.experiment else {}),
                 **self.instance,
                 "fingerprint": self.fingerprint,
                 "params": _nested(self.params),

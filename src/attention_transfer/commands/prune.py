@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,22 @@ class Stale:
     shared: int
 
 
-def show(study: Study, *, delete_too: bool) -> None:
-    """Prints every find with its size and reason, and deletes it on request."""
+def show(study: Study, experiments: Sequence[Study] = (), *, delete_too: bool) -> None:
+    """Prints every find with its size and reason, and deletes it on request.
+
+    Args:
+        experiments: all that extend the study: their outputs lie among its own.
+    """
     layout = Layout(study.name)
+    if layout.experiment:
+        raise StudyError(
+            "an experiment is tidied up together with the study that it extends",
+            where=study.name,
+            remedy=f"name that study: --params presets/{layout.base}.yaml",
+        )
     for root in _linked(study, layout):
         print(f"{root} is reached through a symbolic link: left alone")
-    found = find(study, layout)
+    found = find(study, layout, experiments)
     for stale in found:
         print(
             f"{'delete' if delete_too else 'would delete'} {stale.path}: {_megabytes(stale)}, {stale.reason}"
@@ -65,11 +75,11 @@ def _megabytes(stale: Stale) -> str:
     return f"{stale.bytes / 1e6:.3f} MB"
 
 
-def find(study: Study, layout: Layout) -> list[Stale]:
+def find(study: Study, layout: Layout, experiments: Sequence[Study] = ()) -> list[Stale]:
     """Everything in the study's own folders that params.yaml does not need; nothing behind a symlink."""
-    found = dict.fromkeys(_unnamed(study, layout), "params.yaml needs it no longer")
+    found = dict.fromkeys(_unnamed(study, layout, experiments), "params.yaml needs it no longer")
     found |= _other_recipe(study, layout)
-    found |= _checkpoints(study)
+    found |= _checkpoints(study, experiments)
     for root in (layout.artifacts, layout.metrics, layout.report):
         found |= dict.fromkeys(_leftovers(root), "left by a process that was killed")
     # What lies in a stale folder goes with it.
@@ -98,27 +108,39 @@ def _linked(study: Study, layout: Layout) -> list[Path]:
     return [root for root in roots if root.exists() and not _own(root)]
 
 
-def _needed(study: Study, layout: Layout) -> dict[Path, Tree]:
-    """By root, the families of outputs that params.yaml names one by one; other families are always needed."""
-    seeds = [str(seed) for seed in study.seeds]
-    grid = {run: dict.fromkeys(seeds) for run in study.runs}
+def _grid(study: Study) -> dict[str, Tree]:
+    return {run: dict.fromkeys(map(str, study.seeds)) for run in study.runs}
+
+
+def _of_runs(study: Study) -> Tree:
+    """Large outputs of a study's runs, or of an experiment's."""
     shifts = shifted.wanted(study.evaluation, study.data)
     sets = [which for which in ("validation", "test") if which in study.evaluation.sets] + list(shifts)
     logits = dict.fromkeys(f"{name}.safetensors" for name in sets)
+    return {
+        "students": _grid(study),
+        "predictions": {run: dict.fromkeys(map(str, study.seeds), logits) for run in study.runs},
+        "resolved": dict.fromkeys(f"{run}.json" for run in study.runs),
+    }
+
+
+def _needed(study: Study, layout: Layout, experiments: Sequence[Study]) -> dict[Path, Tree]:
+    """By root, the families of outputs that params.yaml names one by one; other families are always needed."""
+    shifts = shifted.wanted(study.evaluation, study.data)
     shift_files = [*(f"{name}.npz" for name in shifts), shifted.MANIFEST, shifted.CONTACT_SHEET]
     artifacts: Tree = {
-        "students": grid,
-        "predictions": {run: dict.fromkeys(seeds, logits) for run in study.runs},
-        "resolved": dict.fromkeys(f"{run}.json" for run in study.runs),
+        **_of_runs(study),
+        "experiments": {Layout(each.name).experiment: _of_runs(each) for each in experiments},
         "teachers": dict.fromkeys(study.teachers),
         "finetuned": dict.fromkeys([*study.finetuned_teachers, "names.json"]),
         "cache": {name: _needed_sets(study, layout, name) for name in study.teachers},
         "shifts": dict.fromkeys(shift_files),
     }
+    grid = {run: tree for each in (study, *experiments) for run, tree in _grid(each).items()}
     metrics: Tree = {
         "train": grid,
         "predict": grid,
-        "resolve": dict.fromkeys(study.runs),
+        "resolve": dict.fromkeys(grid),
         "pretrain": dict.fromkeys(study.teachers),
         "cache": dict.fromkeys(study.teachers),
     }
@@ -131,8 +153,8 @@ def _needed_sets(study: Study, layout: Layout, teacher: str) -> Tree:
     return dict.fromkeys([layout.cache_manifest(teacher).name, *sets, *locks])
 
 
-def _unnamed(study: Study, layout: Layout) -> Iterator[Path]:
-    for root, families in _needed(study, layout).items():
+def _unnamed(study: Study, layout: Layout, experiments: Sequence[Study]) -> Iterator[Path]:
+    for root, families in _needed(study, layout, experiments).items():
         if _own(root):
             for family, tree in families.items():
                 yield from _not_in(root / family, tree)
@@ -169,16 +191,20 @@ def _checkpoint_root(study: Study) -> Path:
     return Path(".ckpt") / study.name
 
 
-def _checkpoints(study: Study) -> dict[Path, str]:
-    """Checkpoints of stages that the study has no longer, and older ones beside a newer one of the same stage."""
+def _checkpoints(study: Study, experiments: Sequence[Study]) -> dict[Path, str]:
+    """Checkpoints of stages that are there no longer, and older ones beside a newer one of the same stage."""
     root = _checkpoint_root(study)
+    names = [Layout(each.name).experiment for each in experiments]
+    found = {path: reason for each in experiments for path, reason in _checkpoints(each, ()).items()}
     labels = {f"{stage}-{name}" for stage in ("pretrain", "cache") for name in study.teachers}
     labels |= {f"{stage}-{run}-{seed}" for stage in ("train", "predict") for run, seed in study.grid}
     labels |= {f"resolve-{run}" for run in study.runs}
     labels |= {"data", "split", "finetuned", "shifts", "evaluate", "maps", "report"}
-    found: dict[Path, str] = {}
+    labels |= {f"evaluate-{Layout(study.name).experiment}"}
     newest: dict[str, Path] = {}
-    folders = [path for path in _below(root) if path.name != lock_file.NAME] if _own(root) else []
+    folders = (
+        [path for path in _below(root) if path.name not in (lock_file.NAME, *names)] if _own(root) else []
+    )
     for path in sorted(folders, key=lambda folder: folder.lstat().st_mtime, reverse=True):
         label = path.name.rpartition("-")[0]
         if label not in labels:

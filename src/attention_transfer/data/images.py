@@ -61,11 +61,9 @@ def save(folder: Path, source: str, classes: list[str], splits: dict[str, ImageS
             file = f"{split}_{part}.npy"
             with atomic(folder / file) as temporary, temporary.open("wb") as stream:
                 np.save(stream, np.ascontiguousarray(array))
-            checksums[file] = _checksum(array)
-    train = splits["train"].images
-    # Per channel over 10,000 evenly spaced images: the statistics of a large set, in one pass of memory.
-    sample = train[:: max(1, len(train) // 10_000)].astype(np.float64) / 255
-    if not sample.std(axis=(0, 2, 3)).all():
+            checksums[file] = checksum(array)
+    mean, std = statistics(splits["train"].images)
+    if not std.all():
         raise StudyError(
             "a channel has the same value in every training image: there is nothing to normalise or to learn",
             where=f"data.source {source}",
@@ -74,8 +72,8 @@ def save(folder: Path, source: str, classes: list[str], splits: dict[str, ImageS
     description = Description(
         source=source,
         classes=classes,
-        mean=[round(float(value), 6) for value in sample.mean(axis=(0, 2, 3))],
-        std=[round(float(value), 6) for value in sample.std(axis=(0, 2, 3))],
+        mean=[round(float(value), 6) for value in mean],
+        std=[round(float(value), 6) for value in std],
         checksums=checksums,
     )
     write_sealed(folder / DESCRIPTION, vars(description))
@@ -106,15 +104,25 @@ def _load(path: Path, checksums: dict[str, str]) -> np.ndarray:
     remedy = f"make it anew: {repro('data', again=True)}"
     try:
         array = np.load(path, allow_pickle=False)
-        checksum = _checksum(array)
+        found = checksum(array)
     except Exception as error:  # numpy passes on whatever the parser of a damaged header raises
         raise StudyError(f"cannot be read: {error}", where=str(path), remedy=remedy) from error
-    if checksum != checksums.get(path.name):
+    if found != checksums.get(path.name):
         raise StudyError("is damaged: its checksum is not the recorded one", where=str(path), remedy=remedy)
     return array
 
 
-def _checksum(array: np.ndarray) -> str:
+def statistics(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel, of pixels scaled to 0..1, in float64.
+
+    Over 10,000 evenly spaced images: the statistics of a large set, in one pass of memory.
+    """
+    sample = pixels[:: max(1, len(pixels) // 10_000)].astype(np.float64) / 255
+    return sample.mean(axis=(0, 2, 3)), sample.std(axis=(0, 2, 3))
+
+
+def checksum(array: np.ndarray) -> str:
+    """xxh3 of an array's bytes, form and type."""
     digest = xxhash.xxh3_64(str((array.dtype.str, array.shape)).encode())
     digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

@@ -9,8 +9,9 @@ import torch
 
 from attention_transfer import plan
 from attention_transfer.assembly import CachedSet, Parts
-from attention_transfer.config import COPIES_ATTENTION, MaskedAutoencoder, Study
+from attention_transfer.config import COPIES_ATTENTION, Pretrained, Study
 from attention_transfer.data import shifted
+from attention_transfer.data.pretraining_images import DIGITS
 from attention_transfer.data.views import ViewRecipe
 from attention_transfer.errors import StudyError
 from attention_transfer.layout import Layout
@@ -18,7 +19,6 @@ from attention_transfer.measuring.speeds import RunSpeed, Speeds
 from attention_transfer.transfer.cache_size import exact_bytes
 
 Source = Literal["cache", "online"]
-DIGITS = 1797  # images in scikit-learn's set of digits
 STARTED_ONLY = ("data", "split", "finetuned", "shifts", "evaluate", "maps", "report")
 """Stages of seconds, and one that few studies have, of which only the start is in the forecast."""
 
@@ -143,11 +143,12 @@ def recipe(parts: Parts, teacher: str, which: CachedSet) -> dict[str, Any]:
 
 def _pretraining(study: Study, measured: Speeds, name: str, train_images: int) -> float:
     teacher, speed = study.teachers[name], measured.teachers[name]
-    if not isinstance(teacher, MaskedAutoencoder):
+    if not isinstance(teacher, Pretrained):
         return 0.0
     assert speed.pretraining_step is not None
     assert speed.pretraining_batch is not None
-    steps = teacher.epochs * ((train_images - study.data.validation) // teacher.batch_size)
+    images = DIGITS if teacher.images == "digits" else train_images - study.data.validation
+    steps = teacher.epochs * (images // teacher.batch_size)
     return steps * speed.pretraining_step * teacher.batch_size / speed.pretraining_batch
 
 

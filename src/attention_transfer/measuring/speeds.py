@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_transfer import plan
-from attention_transfer.config import MaskedAutoencoder, Study
+from attention_transfer.config import Pretrained, Study
 from attention_transfer.evaluation.predictions import BATCH
 from attention_transfer.measuring.clock import median_seconds, step_seconds
 from attention_transfer.measuring.subject import Subject
@@ -136,7 +136,7 @@ def _measure_teacher(
     first_read, read = _read_speeds(folder, max(batches, default=len(few)))
     pretraining = study.teachers[name]
     step = batch = None
-    if isinstance(pretraining, MaskedAutoencoder):
+    if isinstance(pretraining, Pretrained):
         batch = _batch(pretraining.batch_size, 2 * pilot)
         task = Subject(study, device, 2 * batch).pretraining(pretraining, batch_size=batch)
         step = step_seconds(task, pretraining, clip_norm=study.training.clip_norm, seconds=SECONDS)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attention_transfer.config import Architecture, Study
-from attention_transfer.config import MaskedAutoencoder as MaskedAutoencoderParams
+from attention_transfer.config import Architecture, Pretrained, Study
 from attention_transfer.data import views
 from attention_transfer.data.labelled import LabelledViews
 from attention_transfer.data.mixing import Mixing
-from attention_transfer.models import students, vit
-from attention_transfer.models.masked_autoencoder import MaskedAutoencoder
+from attention_transfer.models import pretraining, students, vit
 from attention_transfer.training.pretraining_task import PretrainingTask
 from attention_transfer.training.student_task import StudentTask
 from attention_transfer.transfer import methods
@@ -87,13 +87,17 @@ class Subject:
             bfloat16=self.bfloat16,
         )
 
-    def pretraining(self, teacher: MaskedAutoencoderParams, *, batch_size: int) -> PretrainingTask:
+    def pretraining(self, teacher: Pretrained, *, batch_size: int) -> PretrainingTask:
         """Pre-training of a teacher."""
         recipe = self._view_recipe(views.PretrainingViews(teacher.crop_scale))
-        model = MaskedAutoencoder.of(teacher, self._arguments(teacher.architecture, 0))
+        steps = len(self.images) // batch_size
+        arguments = self._arguments(teacher.architecture, 0)
+        model: Any = pretraining.build(teacher, arguments, steps=steps).to(self.device)
         return PretrainingTask(
-            model.to(self.device),
+            model,
             count=len(self.images),
+            views=model.views,
+            labels=np.zeros(len(self.images), np.int64) if model.labelled else None,
             render=lambda rows, view: views.render(recipe, self.images[rows], rows, view).to(self.device),
             batch_size=batch_size,
             seed=0,

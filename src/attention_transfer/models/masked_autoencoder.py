@@ -7,9 +7,6 @@ from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from attention_transfer import config
-from attention_transfer.models import vit
-
 
 class MaskedAutoencoder(nn.Module):
     """The encoder sees the visible patches only; a light decoder predicts the pixels of the others.
@@ -19,6 +16,9 @@ class MaskedAutoencoder(nn.Module):
         decoder_width, decoder_depth, decoder_heads: of the decoder.
         mask_ratio: share of patches that are hidden.
     """
+
+    views = 1
+    labelled = False
 
     def __init__(
         self,
@@ -46,23 +46,6 @@ class MaskedAutoencoder(nn.Module):
             nn.Linear(decoder_width, channels * self.patch_size**2),
         )
         nn.init.normal_(self.mask_token, std=0.02)
-
-    @classmethod
-    def of(cls, params: config.MaskedAutoencoder, arguments: vit.Arguments) -> MaskedAutoencoder:
-        """The one that params.yaml asks for, with weights drawn from its seed.
-
-        Args:
-            arguments: of the encoder, see `vit.model_arguments`.
-        """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(params.seed)
-            return cls(
-                vit.create(arguments, seed=params.seed),
-                decoder_width=params.decoder.width,
-                decoder_depth=params.decoder.depth,
-                decoder_heads=params.decoder.heads,
-                mask_ratio=params.mask_ratio,
-            )
 
     def forward(self, images: Tensor) -> Tensor:
         """Mean squared error over the hidden patches, each normalised by its own mean and deviation.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -64,7 +64,9 @@ class _Record:
         return tuple(None if values.get(tag) is None else str(values[tag]) for tag in RECORDED)
 
 
-def sync(metrics: Path, root: Path, locks: Mapping[str, Path] | None = None, study: str = "*") -> SyncReport:
+def sync(
+    metrics: Path, root: Path, locks: Mapping[str, Sequence[Path]] | None = None, study: str = "*"
+) -> SyncReport:
     """Imports every recorded run that the store does not show, and marks dead runs KILLED.
 
     A record is shown by a run of the same study, stage, run, seed and fingerprint that is FINISHED, or
@@ -74,7 +76,8 @@ def sync(metrics: Path, root: Path, locks: Mapping[str, Path] | None = None, stu
         metrics: folder of `<study>/**/run.json`, with metrics.json and curve.csv beside them.
         root: repository; the default store lies in DVC_ROOT, or here. Paths in locks are relative to
             it or to the lock file.
-        locks: dvc.lock of each study that has one; its hashes become tags `dvc.out.<path>`, `dvc.dep.<path>`.
+        locks: dvc.lock of each study that has one, and of its experiments; their hashes become tags
+            `dvc.out.<path>`, `dvc.dep.<path>`.
         study: import the records of this study only; all of them where it is "*".
 
     Raises:
@@ -170,8 +173,13 @@ def _import(store: Store, record: _Record, parent: str) -> None:
     store.client.set_terminated(run_id, "FINISHED", end_time=end)
 
 
-def _read_records(metrics: Path, root: Path, locks: Mapping[str, Path], study: str) -> list[_Record]:
-    stages = {study: _read_lock(path, root) for study, path in locks.items()}
+def _read_records(
+    metrics: Path, root: Path, locks: Mapping[str, Sequence[Path]], study: str
+) -> list[_Record]:
+    stages = {
+        study: {path: tags for lock in of_study for path, tags in _read_lock(lock, root).items()}
+        for study, of_study in locks.items()
+    }
     records = []
     for path in sorted(metrics.glob(f"{study}/**/run.json")):
         name_of_study, *place = path.parent.relative_to(metrics).parts

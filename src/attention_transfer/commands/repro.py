@@ -1,0 +1,192 @@
+"""`dvc repro` with several DVCs at a time, each at stages that do not wait for another's."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
+from pathlib import Path
+from types import FrameType
+
+from attention_transfer.errors import StudyError
+
+THREADS = "ATTENTION_TRANSFER_THREADS"  # see training/machine.py, which takes torch with it
+LARGEST_BATCH = 16  # stages that one DVC is given; starting it takes as long as a short stage
+PATIENCE = 60.0  # seconds until a process that has ended has said its last word
+TICK = 0.05
+# On Linux the kernel ends it when this process is gone, be it killed: PR_SET_PDEATHSIG.
+DVC = """
+import ctypes, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+sys.argv = sys.argv[1:]
+from dvc.cli import main
+sys.exit(main())
+"""
+
+
+@dataclass
+class Queue:
+    """Which stages are left, and which of them can run now.
+
+    Attributes:
+        waiting: for each stage that has not begun the stages that it waits for, in an order that respects them.
+    """
+
+    waiting: dict[str, set[str]]
+    total: int = field(init=False)
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self.total = len(self.waiting)
+
+    def take(self, jobs: int) -> list[str]:
+        """Stages for one DVC: few enough that each of as many as `jobs` gets some, twice over."""
+        ready = [stage for stage, before in self.waiting.items() if not before]
+        count = max(1, min(LARGEST_BATCH, len(ready) // (2 * jobs)))
+        for stage in ready[:count]:
+            del self.waiting[stage]
+        return ready[:count]
+
+    def finish(self, stages: list[str]) -> None:
+        self.done += len(stages)
+        for before in self.waiting.values():
+            before.difference_update(stages)
+
+
+@dataclass
+class Clock:
+    """How long stages take, by family, for the estimate of what is left."""
+
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, stage: str, seconds: float) -> None:
+        self.seconds.setdefault(family(stage), []).append(seconds)
+
+    def left(self, stages: list[str], jobs: int) -> str:
+        """Of these stages, as far as their families have been measured."""
+        known = [self.seconds[name] for name in map(family, stages) if name in self.seconds]
+        total = sum(sum(times) / len(times) for times in known) / jobs
+        least = "at least " if len(known) < len(stages) else "about "
+        return f"{least}{math.ceil(total / 60)} min to go" if known else "no estimate yet"
+
+
+def family(stage: str) -> str:
+    """`train` of `studies/full/dvc.yaml:train@copy-0`."""
+    return stage.rpartition(":")[2].partition("@")[0]
+
+
+class Worker:
+    """One DVC at a batch of stages; its lines are shown with its number before them."""
+
+    def __init__(self, number: int, stages: list[str], environment: Mapping[str, str], clock: Clock) -> None:
+        self.number, self.stages, self.clock = number, stages, clock
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", DVC, "dvc", "--wait-for-lock", "repro", "--single-item", *stages],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        self.reader = threading.Thread(target=self._show, daemon=True)
+        self.reader.start()
+
+    def _show(self) -> None:
+        assert self.process.stdout is not None
+        stage, since = "", 0.0
+        for line in self.process.stdout:
+            print(f"[{self.number}] {line}", end="", flush=True)
+            if stage and re.match(r"Updating lock file|Stage '|Running stage '|Use `dvc push`", line):
+                self.clock.add(stage, time.monotonic() - since)
+                stage = ""
+            if found := re.match(r"Running stage '([^']*)'", line):
+                stage, since = found[1], time.monotonic()
+        self.process.stdout.close()
+
+
+def repro(graph: Path, jobs: int) -> int:
+    """Brings a graph's stages, and all that they depend on, up to date: an exit code.
+
+    DVC's own locks keep the processes apart: one at a time reads or writes the lock files, and no stage begins
+    while another writes what it reads.
+
+    Args:
+        graph: path of a dvc.yaml.
+        jobs: DVCs at a time; each stage gets its share of the cores, unless the environment says otherwise.
+
+    Raises:
+        StudyError: there is no such graph, or it cannot be read.
+    """
+    queue, clock = Queue(_order(graph)), Clock()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment = {THREADS: str(max(1, cores // jobs)), **os.environ}
+    workers: list[Worker] = []
+    failed = 0
+    print(f"{graph}: {queue.total} stages, {jobs} at a time, {environment[THREADS]} threads each", flush=True)
+    with _stop_signals(workers) as stopped:
+        while workers or (queue.waiting and not failed and not stopped()):
+            free = [number for number in range(1, jobs + 1) if number not in {w.number for w in workers}]
+            if free and not failed and not stopped() and (stages := queue.take(jobs)):
+                workers.append(Worker(free[0], stages, environment, clock))
+                continue
+            time.sleep(TICK)
+            for worker in [worker for worker in workers if worker.process.poll() is not None]:
+                workers.remove(worker)
+                worker.reader.join(PATIENCE)
+                if worker.process.returncode:
+                    failed = worker.process.returncode
+                    continue
+                queue.finish(worker.stages)
+                left = [*queue.waiting, *(stage for other in workers for stage in other.stages)]
+                print(f"{queue.done} of {queue.total} stages: {clock.left(left, jobs)}", flush=True)
+    return 128 + stopped() if stopped() else failed
+
+
+def _order(graph: Path) -> dict[str, set[str]]:
+    """Each stage of the graph, and each that one of them depends on, with those that it waits for."""
+    if not graph.exists():
+        raise StudyError("does not exist", where=str(graph), remedy="give the path of a dvc.yaml")
+    command = [sys.executable, "-m", "dvc", "dag", "--dot", str(graph)]
+    told = subprocess.run(command, check=False, capture_output=True, text=True)
+    if told.returncode:
+        raise StudyError(
+            f"DVC cannot read it: {told.stderr.strip()[:500]}",
+            where=str(graph),
+            remedy=f"correct what it names; dvc status {graph} says whether it is right",
+        )
+    waits: dict[str, set[str]] = {}
+    for first, second in re.findall(r'"([^"]*)"(?: -> "([^"]*)")?;', told.stdout):
+        waits.setdefault(second or first, set()).update([first] if second else [])
+    return {stage: waits[stage] for stage in TopologicalSorter(waits).static_order()}
+
+
+@contextmanager
+def _stop_signals(workers: list[Worker]) -> Iterator[Callable[[], int]]:
+    """Gives a function that tells the number of the stop signal that has come, 0 if none.
+
+    At a signal all DVCs are told to end; their stages, which end with them, save their state.
+    """
+    received = 0
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = number
+        for worker in workers:
+            worker.process.terminate()
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,83 @@
+"""Images to pre-train a teacher on that are not the task's: handwritten digits, or fractals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from attention_transfer.data import fractals
+from attention_transfer.data.images import Description, checksum, statistics
+
+SOURCES = ("digits", "fractals")
+DIGITS = 1797  # scikit-learn's
+
+
+@dataclass(frozen=True)
+class PretrainingImages:
+    """Images without labels.
+
+    A teacher is pre-trained on these images less their own mean, over their own deviation. Afterwards it sees
+    the task's images, normalised by the task's mean and deviation. So its inputs have mean 0 and deviation 1
+    in each channel both times, as with a public teacher that is used with the statistics of new data; but the
+    same grey value is another input before and after.
+
+    Attributes:
+        pixels: uint8 (count, channels, size, size).
+        description: mean, deviation and fingerprint, for a `views.ViewRecipe` as of the task's images; it has
+            no classes.
+    """
+
+    pixels: np.ndarray
+    description: Description
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+def load(source: str, *, size: int, channels: int, count: int, seed: int) -> PretrainingImages:
+    """Makes the images; the same arguments give the same ones.
+
+    Args:
+        source: "digits", those of scikit-learn, resized from 8 x 8 pixels; or "fractals", see `fractals`.
+        size: side of the images in pixels, at least 8.
+        channels: 1 or 3; those of digits are all the same.
+        count: number of images; of digits there are 1,797.
+        seed: of the fractals; of the choice of digits, if not all are taken.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"source: expected one of {', '.join(SOURCES)}, got {source!r}")
+    if size < fractals.SMALLEST_SIZE:
+        raise ValueError(f"size: expected at least {fractals.SMALLEST_SIZE} pixels, got {size}")
+    if channels not in (1, 3):
+        raise ValueError(f"channels: expected 1 or 3, got {channels}")
+    pixels = (
+        fractals.generate(count, size=size, channels=channels, seed=seed)
+        if source == "fractals"
+        else _digits(count, size=size, channels=channels, seed=seed)
+    )
+    mean, std = statistics(pixels)
+    return PretrainingImages(
+        pixels,
+        Description(
+            source=source,
+            classes=[],
+            mean=[round(float(value), 6) for value in mean],
+            std=[round(float(value), 6) for value in std],
+            checksums={"images": checksum(pixels)},
+        ),
+    )
+
+
+def _digits(count: int, *, size: int, channels: int, seed: int) -> np.ndarray:
+    """Some of the digits, in their own order: uint8 (count, channels, size, size)."""
+    from attention_transfer.data import shifts  # scipy and scikit-learn take a second to import
+
+    pixels, _ = shifts.digits(size, channels)
+    if not 1 <= count <= len(pixels):
+        raise ValueError(f"count: expected 1 to {len(pixels)} digits, got {count}")
+    chosen = np.random.default_rng(seed).choice(len(pixels), count, replace=False)
+    return np.asarray(pixels[np.sort(chosen)])

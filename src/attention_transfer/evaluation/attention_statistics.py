@@ -1,0 +1,121 @@
+"""Where heads look: how far, and how widely. Block by block and in float64, so that memory stays small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK = 2**17  # elements of maps at a time: in float64 a megabyte, which stays in a core's cache
+ROUNDING = 0.01  # of a row's sum: bfloat16 maps, the coarsest in use, are off by less than half of it
+
+
+@torch.no_grad()
+def mean_attention_distance(maps: Tensor, grid: tuple[int, int], patch_size: int, prefix: int) -> Tensor:
+    """How far each head looks, in pixels: a head's counterpart of a convolution's receptive field.
+
+    The distance between the centres of query and key patch, weighted by attention, mean over patch queries and
+    examples (Dosovitskiy et al., 2021, figure 7; Raghu et al., 2021, figure 3). Prefix tokens lie nowhere:
+    they are left out as queries, and the attention that a patch pays to the other patches is renormalised.
+
+    Args:
+        maps: (examples, heads, tokens, tokens), each row a distribution over the keys.
+        grid: rows and columns of patches, in reading order after the prefix.
+        patch_size: side of a patch in pixels.
+        prefix: tokens before the patches: class token and registers.
+
+    Returns:
+        (heads,), float64; between 0 and the distance of the outermost patches of the grid.
+
+    Raises:
+        ValueError: shapes or values are not as above, or some patch pays no attention to any patch.
+    """
+    check_maps(maps, "maps")
+    if min(grid) < 1 or patch_size < 1 or prefix < 0:
+        raise ValueError(
+            f"expected grid and patch_size of at least 1 and prefix of at least 0, "
+            f"got {grid}, {patch_size} and {prefix}"
+        )
+    examples, heads, queries, keys = maps.shape
+    patches = grid[0] * grid[1]
+    if not queries == keys == prefix + patches:
+        raise ValueError(
+            f"maps: expected {prefix} + {grid[0]} * {grid[1]} queries and keys, got {queries} and {keys}"
+        )
+    places = torch.cartesian_prod(*(torch.arange(side, device=maps.device) for side in grid)) * patch_size
+    distances = torch.linalg.vector_norm((places[:, None] - places).double(), dim=-1)
+    total = torch.zeros(heads, dtype=torch.float64, device=maps.device)
+    for at, line in blocks(examples, patches, heads * keys):
+        weights = distributions(maps[at, :, prefix:][:, :, line], "maps")[..., prefix:]
+        to_patches = weights.sum(dim=-1)
+        if not (to_patches > 0).all():
+            raise ValueError("maps: expected every patch to attend to patches, got some that attend to none")
+        total += ((weights * distances[line]).sum(dim=-1) / to_patches).sum(dim=(0, 2))
+    return total / (examples * patches)
+
+
+@torch.no_grad()
+def mean_entropy(maps: Tensor) -> Tensor:
+    """How widely each head looks: entropy of its rows in nats, mean over queries and examples.
+
+    Args:
+        maps: (examples, heads, queries, keys), each row a distribution over the keys, prefix tokens included.
+
+    Returns:
+        (heads,), float64: 0 for one key a query, ln(keys) for equal attention to all.
+
+    Raises:
+        ValueError: shapes or values are not as above.
+    """
+    check_maps(maps, "maps")
+    examples, heads, queries, keys = maps.shape
+    total = torch.zeros(heads, dtype=torch.float64, device=maps.device)
+    for at, line in blocks(examples, queries, heads * keys):
+        total += entropy(distributions(maps[at, :, line], "maps")).sum(dim=(0, 2))
+    return total / (examples * queries)
+
+
+def entropy(rows: Tensor) -> Tensor:
+    """Entropy in nats of distributions over the last axis, with 0 log 0 = 0: (..)."""
+    terms: Tensor = torch.special.entr(rows)
+    return terms.sum(dim=-1)
+
+
+def blocks(examples: int, queries: int, row: int) -> Iterator[tuple[slice, slice]]:
+    """Examples, and queries of them, to take at a time: whole examples if one fits, at least one query.
+
+    Args:
+        row: elements of one query of one example: heads * keys.
+    """
+    lines = max(1, min(queries, BLOCK // row))
+    together = max(1, BLOCK // (row * queries))
+    for first in range(0, examples, together):
+        for top in range(0, queries, lines):
+            yield slice(first, first + together), slice(top, top + lines)
+
+
+def check_maps(maps: Tensor, name: str) -> None:
+    """Raises ValueError unless `maps` is floating point (examples, heads, queries, keys) and not empty."""
+    if maps.ndim != 4 or maps.numel() == 0 or not maps.is_floating_point():
+        raise ValueError(
+            f"{name}: expected floating point (examples, heads, queries, keys), none of them 0, "
+            f"got {maps.dtype} {tuple(maps.shape)}"
+        )
+
+
+def distributions(maps: Tensor, name: str) -> Tensor:
+    """The maps in float64, each row divided by its sum, which rounding to a shorter format has moved from 1.
+
+    Raises:
+        ValueError: a value is negative or not finite, or a sum is not 1 within rounding.
+    """
+    rows = maps.double()
+    sums = rows.sum(dim=-1, keepdim=True)
+    # Written so that NaN fails.
+    if not (bool((rows >= 0).all()) and bool(((sums - 1).abs() < ROUNDING).all())):
+        raise ValueError(
+            f"{name}: expected rows of probabilities, not negative and with sum 1, got values from "
+            f"{float(rows.min()):.4g} and sums from {float(sums.min()):.4g} to {float(sums.max()):.4g}"
+        )
+    return rows / sums

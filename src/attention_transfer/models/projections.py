@@ -1,0 +1,44 @@
+"""What the heads of the pre-training methods start from: pooled features of the views of each image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from timm.models import VisionTransformer
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from torch import Tensor, nn
+
+Encoder: TypeAlias = VisionTransformer | Eva | Beit
+"""A timm model without classes: plain, with rotary embedding, or with relative position bias."""
+
+
+def pooled(encoder: Encoder, images: Tensor) -> Tensor:
+    """Pooled and normalised features as a classification head would get them: (batch, width).
+
+    Args:
+        images: (batch, channels, size, size).
+    """
+    features: Tensor = encoder.forward_head(encoder.forward_features(images), pre_logits=True)
+    return features
+
+
+def project(encoder: Encoder, projector: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
+    """The projection of each view's pooled features, (batch, projection width) each.
+
+    The encoder sees all views as one batch. The projector sees one view at a time, so that batch statistics
+    are those of one view.
+
+    Args:
+        views: (batch, channels, size, size) each; image i of one is another view of image i of the others.
+
+    Raises:
+        ValueError: the views' shapes differ.
+    """
+    if len({view.shape for view in views}) != 1:
+        found = " and ".join(str(tuple(view.shape)) for view in views)
+        raise ValueError(f"views: expected one shape, (batch, channels, size, size), got {found}")
+    features = pooled(encoder, torch.cat(tuple(views)))
+    return [projector(of_view) for of_view in features.chunk(len(views))]

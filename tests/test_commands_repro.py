@@ -1,0 +1,180 @@
+"""Several DVCs at a time, on a real graph of stages that take a moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from attention_transfer.commands.repro import THREADS, Clock, Queue, family, repro
+from attention_transfer.errors import StudyError
+
+WIDE = 6
+WORK = """
+import json, os, pathlib, sys, time
+began = time.time()
+name = sys.argv[1]
+time.sleep(1.0)
+text = "".join(pathlib.Path(path).read_text() for path in sys.argv[2:])
+if "bad" in text: sys.exit(3)
+with open("log.jsonl", "a") as log:
+    log.write(json.dumps([name, began, time.time(), os.environ.get("ATTENTION_TRANSFER_THREADS")]) + chr(10))
+pathlib.Path(name).write_text(text + name)
+"""
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """source -> first -> six in the middle -> last; the last one is in a graph of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(THREADS, raising=False)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], check=True)
+    Path("work.py").write_text(WORK)
+    Path("source").write_text("s")
+    middle = {
+        "matrix": {"number": list(range(WIDE))},
+        "cmd": f"{sys.executable} work.py middle-${{item.number}} first",
+        "deps": ["first"],
+        "outs": ["middle-${item.number}"],
+    }
+    first = {"cmd": f"{sys.executable} work.py first source", "deps": ["source"], "outs": ["first"]}
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": {"first": first, "middle": middle}}))
+    deps = [f"middle-{number}" for number in range(WIDE)]
+    last = {
+        "wdir": "..",
+        "cmd": f"{sys.executable} work.py last {' '.join(deps)}",
+        "deps": deps,
+        "outs": ["last"],
+    }
+    Path("end").mkdir()
+    Path("end/dvc.yaml").write_text(yaml.safe_dump({"stages": {"last": last}}))
+    return tmp_path
+
+
+GRAPH = Path("end/dvc.yaml")
+
+
+def log() -> dict[str, tuple[float, float, str]]:
+    """Of each stage that ran: when it began, when it ended, its threads."""
+    lines = Path("log.jsonl").read_text().splitlines() if Path("log.jsonl").exists() else []
+    found = [json.loads(line) for line in lines]
+    assert len({name for name, *_ in found}) == len(found), "a stage ran twice"
+    return {name: (began, ended, threads) for name, began, ended, threads in found}
+
+
+@pytest.mark.slow
+def test_stages_run_side_by_side_and_after_what_they_wait_for(repository: Path) -> None:
+    assert repro(GRAPH, 2) == 0
+    ran = log()
+    middle = [ran[f"middle-{number}"] for number in range(WIDE)]
+    assert all(ran["first"][1] <= began and ended <= ran["last"][0] for began, ended, _ in middle)
+    alive = [sum(began < at < ended for began, ended, _ in middle) for at in (m[0] + 1e-3 for m in middle)]
+    assert max(alive) == 2
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    assert {threads for _, _, threads in ran.values()} == {str(max(1, cores // 2))}
+    assert Path("last").read_text() == "".join(f"sfirstmiddle-{number}" for number in range(WIDE)) + "last"
+    locked = [yaml.safe_load(path.read_text())["stages"] for path in (Path("dvc.lock"), Path("end/dvc.lock"))]
+    assert [len(stages) for stages in locked] == [1 + WIDE, 1]
+    status = subprocess.run(
+        [sys.executable, "-m", "dvc", "status", "-q", "dvc.yaml", "end/dvc.yaml"], check=False
+    )
+    assert status.returncode == 0  # all is up to date
+    Path("log.jsonl").unlink()
+    assert repro(GRAPH, 2) == 0
+    assert log() == {}
+
+
+@pytest.mark.slow
+def test_a_stage_that_fails_ends_it_and_what_is_done_stays_done(repository: Path) -> None:
+    Path("source").write_text("bad")
+    assert repro(GRAPH, 2) != 0
+    assert log() == {}
+    Path("source").write_text("good")
+    assert repro(GRAPH, 2) == 0
+    assert len(log()) == WIDE + 2
+
+
+def words(process: psutil.Process) -> list[str]:
+    """The command line of a process; empty if it has ended."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def start() -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
+    """A repro in a process of its own, as soon as a stage of the middle runs; and its DVCs."""
+    program = (
+        "import pathlib, sys; from attention_transfer.commands.repro import repro;"
+        f"sys.exit(repro(pathlib.Path('{GRAPH}'), 2))"
+    )
+    running = subprocess.Popen([sys.executable, "-c", program])
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        below = {process: words(process) for process in psutil.Process(running.pid).children(recursive=True)}
+        if any("work.py" in line and "middle-" in " ".join(line) for line in below.values()):
+            return running, [process for process, line in below.items() if "dvc" in line]
+        time.sleep(0.02)
+    return pytest.fail("no stage of the middle began")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_no_dvc_outlives_it_and_it_goes_on_where_it_was(number: signal.Signals, repository: Path) -> None:
+    running, dvcs = start()
+    running.send_signal(number)
+    assert running.wait(60) == (-number if number == signal.SIGKILL else 128 + number)
+    assert dvcs
+    assert psutil.wait_procs(dvcs, 30)[1] == []
+    time.sleep(1.5)  # these stages do not die with their DVC, as the study's do: they end by themselves
+    assert "last" not in log()
+    Path("log.jsonl").unlink(missing_ok=True)
+    assert repro(GRAPH, 2) == 0
+    assert "first" not in log()
+    assert "last" in log()
+
+
+@pytest.mark.slow
+def test_what_dvc_cannot_read_is_an_error(repository: Path) -> None:
+    with pytest.raises(StudyError, match="does not exist"):
+        repro(Path("none/dvc.yaml"), 2)
+    GRAPH.write_text("stages: [")
+    with pytest.raises(StudyError, match="DVC cannot read it"):
+        repro(GRAPH, 2)
+
+
+def test_a_batch_leaves_work_for_the_others() -> None:
+    queue = Queue({"a": set(), "b": {"a"}, **{f"c{number}": {"a"} for number in range(40)}, "d": {"c3"}})
+    assert queue.take(2) == ["a"]
+    assert queue.take(2) == []
+    queue.finish(["a"])
+    first = queue.take(2)
+    assert len(first) == 41 // 4
+    assert queue.take(2)[0] not in first
+    order: list[str] = []
+    while taken := queue.take(2):
+        order += taken
+        queue.finish(taken)
+    assert "d" not in order  # c3 was in the first batch, which is not through
+    queue.finish(first)
+    assert queue.take(2) == ["d"]
+    assert (queue.total, queue.waiting) == (43, {})
+
+
+def test_the_estimate_is_of_the_families_that_were_measured() -> None:
+    clock, stages = Clock(), ["studies/x/dvc.yaml:train@a-0", "train@b-0", "predict@a-0"]
+    assert [family(stage) for stage in stages] == ["train", "train", "predict"]
+    assert clock.left(stages, 2) == "no estimate yet"
+    clock.add("train@c-0", 500.0)
+    clock.add("train@c-1", 700.0)
+    assert clock.left(stages, 2) == "at least 10 min to go"
+    clock.add("predict@c-1", 120.0)
+    assert clock.left(stages, 2) == "about 11 min to go"
