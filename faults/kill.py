@@ -34,7 +34,7 @@ import yaml
 ROOT = Path(__file__).parents[1]
 GRAPH, PARAMS = "studies/smoke/dvc.yaml", "presets/smoke.yaml"
 FAMILIES = (
-    *("data", "split", "pretrain", "finetuned", "cache", "resolve"),
+    *("data", "split", "pretrain", "probe", "finetuned", "cache", "resolve"),
     *("train", "shifts", "predict", "maps", "evaluate", "report"),
 )
 MARK = "ATTENTION_TRANSFER_FAULTS"  # in the environment of every process of one start

@@ -140,6 +140,8 @@ def write(root: Path, study: Study, numbers: Numbers | None = None) -> tuple[Pat
             accuracy=accuracy[run, seed],
             numbers=numbers,
         )
+    for position, teacher in enumerate(study.teachers):
+        _write_probe(metrics / "probe" / teacher, position, numbers)
     (metrics / "evaluate").mkdir(exist_ok=True)
     _write_scores(metrics / "evaluate", study, numbers, accuracy)
     _write_ensembles(metrics / "evaluate", study, numbers, accuracy)
@@ -191,6 +193,16 @@ def _record(stage: str, params: dict[str, Any], numbers: Numbers) -> dict[str, A
 def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value))
+
+
+def _write_probe(folder: Path, position: int, numbers: Numbers) -> None:
+    found = {
+        "knn_accuracy": 0.5,
+        "logistic_regression_accuracy": 0.6 + position / 10,
+        "effective_rank": 12.34,
+    }
+    _write_json(folder / "metrics.json", found)
+    run_record.write(folder, _record("probe", {}, numbers), [folder / "metrics.json"])
 
 
 def _write_training(

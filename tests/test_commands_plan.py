@@ -131,6 +131,7 @@ def test_times_are_those_of_the_schedule(tmp_path: Path, monkeypatch: pytest.Mon
     assert found.stages["cache"] == pytest.approx(2 * 3 + 69 * 0.02 + 69 * 0.2)
     assert found.stages["train"] == pytest.approx(2 * sum(run.train for run in found.runs.values()))
     assert found.stages["resolve"] == 4 * 3
+    assert found.stages["probe"] == 2 * 3
     assert found.seconds == pytest.approx(sum(found.stages.values()))
     assert found.by_source["first"] == pytest.approx(
         {"cache": 69 * 0.02 + 2 * 9 * (0.1 + 0.2 + 0.2), "online": 2 * 9 * (0.3 + 0.4 + 0.4)}

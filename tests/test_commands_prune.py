@@ -120,6 +120,36 @@ def test_everything_stale_is_found_and_nothing_else_goes() -> None:
     assert not any(Path(path).exists() for path in STALE.values())
 
 
+def test_what_experiments_need_stays_as_long_as_the_study_names_them() -> None:
+    heads = STUDY.model_copy(update={"name": "tiny/heads", "runs": {"copy_a_head": STUDY.runs["run"]}})
+    theirs = {
+        "runs/tiny/experiments/heads/students/copy_a_head/0/model.safetensors",
+        "runs/tiny/experiments/heads/predictions/copy_a_head/0/test.safetensors",
+        "runs/tiny/experiments/heads/resolved/copy_a_head.json",
+        "metrics/tiny/train/copy_a_head/0/run.json",
+        "metrics/tiny/predict/copy_a_head/0/run.json",
+        "metrics/tiny/resolve/copy_a_head/run.json",
+        "metrics/tiny/evaluate/heads/scores.csv",
+        ".ckpt/tiny/heads/train-copy_a_head-0-0123456789abcdef/state.pt",
+        ".ckpt/tiny/heads/dvc.lock",
+    }
+    stale = {
+        "runs/tiny/experiments/heads/students/gone/0/model.safetensors",
+        "runs/tiny/experiments/heads/predictions/copy_a_head/1/test.safetensors",
+        "runs/tiny/experiments/gone/resolved/run.json",
+        "metrics/tiny/evaluate/gone/scores.csv",
+        ".ckpt/tiny/heads/train-gone-0-0123456789abcdef/state.pt",
+    }
+    for name in theirs | stale:
+        put(name)
+    prune.show(STUDY, [heads], delete_too=True)
+    assert files() == {*NEEDED, *theirs}
+    with pytest.raises(StudyError, match="together with the study"):
+        prune.show(heads, delete_too=True)
+    prune.show(STUDY, delete_too=True)
+    assert files() == set(NEEDED)
+
+
 def test_bytes_are_those_of_the_files(capsys: pytest.CaptureFixture[str]) -> None:
     put("runs/tiny/students/gone/0/model.safetensors", 2_000_000)
     put("runs/tiny/students/gone/1/config.json", 500_000)

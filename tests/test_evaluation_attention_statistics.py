@@ -137,6 +137,11 @@ def test_maps_in_short_formats_differ_by_their_rounding(dtype: torch.dtype) -> N
         torch.testing.assert_close(found, statistic(maps), rtol=rounding, atol=0)
 
 
+def test_rows_are_divided_by_their_sum() -> None:
+    maps = draw_maps(2, 2, 9, 9)
+    torch.testing.assert_close(mean_entropy(maps * 0.995), mean_entropy(maps))
+
+
 @pytest.mark.parametrize("block", [1, 60, 300, 1000, 2**20])
 def test_blocks_are_of_no_effect(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     maps = draw_maps(5, 3, 13, 13)
@@ -156,6 +161,8 @@ def test_unsound_input_is_refused() -> None:
     ) -> Tensor:
         return mean_attention_distance(given, grid, patch_size, prefix)
 
+    negative = maps.clone()
+    negative[0, 0, 0, :2] += torch.tensor([2.0, -2.0])
     for use, message in (
         (lambda: distance(grid=(3, 3)), r"maps: expected 1 \+ 3 \* 3 queries and keys, got 7 and 7"),
         (lambda: distance(maps[:, :, 1:]), r"maps: expected 1 \+ 2 \* 3 queries and keys, got 6 and 7"),
@@ -165,6 +172,7 @@ def test_unsound_input_is_refused() -> None:
         (lambda: distance(blind), "every patch to attend to patches"),
         (lambda: distance(maps[0]), r"maps: expected floating point \(examples, .* \(2, 7, 7\)"),
         (lambda: distance(maps * 1.1), "maps: expected rows of probabilities, .* sums from 1.1 to 1.1"),
+        (lambda: mean_entropy(negative), "maps: expected rows of probabilities, .* values from -"),
         (lambda: mean_entropy(maps.log()), "maps: expected rows of probabilities"),
         (lambda: mean_entropy(torch.full_like(maps, torch.nan)), "maps: expected rows of probabilities"),
         (lambda: mean_entropy(maps[:0]), r"none of them 0, got torch.float64 \(0, 2, 7, 7\)"),

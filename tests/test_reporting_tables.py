@@ -1,5 +1,6 @@
 """Tables hold what the records say, for the runs that the study names and no other."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from synthetic_records import Numbers
 
 from attention_transfer.config import Study
 from attention_transfer.errors import StudyError
+from attention_transfer.files import write_sealed, xxh3
 from attention_transfer.reporting import tables
 from attention_transfer.reporting.records import Records, load
 
@@ -84,6 +86,33 @@ def test_a_removed_run_vanishes(tmp_path: Path) -> None:
     assert found["time"].set_index("stage").loc["train", "seconds"] == pytest.approx(12 * 12.5)
 
 
+def test_teachers_table(tmp_path: Path) -> None:
+    """One row a teacher of the study; what a removed one has left does not count."""
+    study = synthetic.study()
+    teachers = {"first": study.teachers["untrained"], **study.teachers}
+    both = study.model_copy(update={"teachers": teachers})
+    records = records_of(tmp_path, both)
+    found = frames(records)["teachers"].set_index("teacher")
+    assert found.index.tolist() == ["first", "untrained"]
+    assert found["logistic_regression_accuracy"].tolist() == pytest.approx([0.6, 0.7])
+    assert found["kind"].tolist() == ["untrained", "untrained"]
+    assert tables.teachers_table(records).shown["effective rank"].tolist() == ["12.3", "12.3"]
+    assert frames(load(study, tmp_path / "metrics"))["teachers"]["teacher"].tolist() == ["untrained"]
+
+
+@pytest.mark.parametrize("value", [None, "high", float("nan")])
+def test_a_probe_without_a_number_is_an_error(value: object, tmp_path: Path) -> None:
+    study = synthetic.study()
+    metrics, _ = synthetic.write(tmp_path, study)
+    path = metrics / "probe" / "untrained" / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"knn_accuracy": value}))
+    (values := json.loads((path.parent / "run.json").read_text())).pop("digest")
+    values["outputs"][path.name] = xxh3(path)
+    write_sealed(path.parent / "run.json", values)
+    with pytest.raises(StudyError, match="has no knn_accuracy"):
+        load(study, metrics)
+
+
 def test_shifts_table(tmp_path: Path) -> None:
     records = records_of(tmp_path, synthetic.study(), Numbers(drop={"distill": 0.2}))
     shifts = frames(records)["shifts"].set_index(["run", "shift"])
@@ -118,6 +147,7 @@ def test_tables_follow_the_image_sets(tmp_path: Path) -> None:
         ("train/copy/1/metrics.json", "train@copy-1"),
         ("train/copy/1/run.json", "train@copy-1"),
         ("train/copy/1/curve.csv", "train@copy-1"),
+        ("probe/untrained/metrics.json", "probe@untrained"),
         ("evaluate/scores.csv", "evaluate"),
         ("evaluate/ood.csv", "evaluate"),
         ("evaluate/ensembles.csv", "evaluate"),

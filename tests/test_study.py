@@ -41,6 +41,7 @@ FAMILIES = {
     "data",
     "split",
     "pretrain",
+    "probe",
     "cache",
     "finetuned",
     "resolve",

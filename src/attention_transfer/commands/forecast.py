@@ -56,8 +56,8 @@ def statement(study: Study, device: torch.device, measured: Speeds, found: Forec
         f"cache: a temporary one, written as the stage does and removed (rows: {rows}), read once after the page "
         "cache has dropped it where the system allows that, checksums verified, and once more",
         "start: one process that imports what a stage imports",
-        f"not measured: DVC's own time, and the work of {', '.join(STARTED_ONLY)} and resolve, whose start alone "
-        "is in the forecast",
+        f"not measured: DVC's own time, and the work of {', '.join(STARTED_ONLY)}, probe and resolve, whose start "
+        "alone is in the forecast",
     ]
     if smaller:
         lines.append(f"measured in smaller batches, and scaled by images: {', '.join(smaller)}")

@@ -142,6 +142,7 @@ def _needed(study: Study, layout: Layout, experiments: Sequence[Study]) -> dict[
         "predict": grid,
         "resolve": dict.fromkeys(grid),
         "pretrain": dict.fromkeys(study.teachers),
+        "probe": dict.fromkeys(study.teachers),
         "cache": dict.fromkeys(study.teachers),
     }
     return {layout.artifacts: artifacts, layout.metrics: metrics}
@@ -158,6 +159,10 @@ def _unnamed(study: Study, layout: Layout, experiments: Sequence[Study]) -> Iter
         if _own(root):
             for family, tree in families.items():
                 yield from _not_in(root / family, tree)
+    names = {Layout(each.name).experiment for each in experiments}
+    for path in _below(layout.record("evaluate")) if _own(layout.metrics) else ():
+        if path.is_dir() and path.name not in names:  # the study's own tables lie beside them
+            yield path
 
 
 def _not_in(folder: Path, tree: Tree) -> Iterator[Path]:
@@ -196,7 +201,7 @@ def _checkpoints(study: Study, experiments: Sequence[Study]) -> dict[Path, str]:
     root = _checkpoint_root(study)
     names = [Layout(each.name).experiment for each in experiments]
     found = {path: reason for each in experiments for path, reason in _checkpoints(each, ()).items()}
-    labels = {f"{stage}-{name}" for stage in ("pretrain", "cache") for name in study.teachers}
+    labels = {f"{stage}-{name}" for stage in ("pretrain", "probe", "cache") for name in study.teachers}
     labels |= {f"{stage}-{run}-{seed}" for stage in ("train", "predict") for run, seed in study.grid}
     labels |= {f"resolve-{run}" for run in study.runs}
     labels |= {"data", "split", "finetuned", "shifts", "evaluate", "maps", "report"}

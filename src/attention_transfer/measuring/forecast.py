@@ -94,6 +94,7 @@ def forecast(study: Study, layout: Layout, measured: Speeds) -> Forecast:
     }
     stages = {
         "pretrain": sum(start + _pretraining(study, measured, name, train_images) for name in study.teachers),
+        "probe": start * len(study.teachers),
         "cache": sum(start + seconds for seconds in written.values()),
         "train": seeds * sum(run.train for run in runs.values()),
         "predict": seeds * sum(run.predict for run in runs.values()),

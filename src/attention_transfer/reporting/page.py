@@ -24,6 +24,7 @@ from attention_transfer.reporting.tables import Table
 SECTIONS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("main", "Main comparison", ("main",), ("main",)),
     ("learning", "Learning curves", ("learning_curves",), ("training",)),
+    ("teachers", "Teachers", (), ("teachers",)),
     ("ensembles", "Ensembles", ("ensembles", "ensemble_matrix"), ("ensembles",)),
     ("shifts", "Distribution shift", ("shift_severity", "contact_sheet"), ("shifts",)),
     ("metrics", "Calibration and other measures", (), ("metrics", "ood")),

@@ -7,6 +7,7 @@ from the study is gone from every table, and a record that is missing is an erro
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -51,6 +52,8 @@ class Records:
     ensembles: pd.DataFrame
     """Test set only; one row per ensemble and pair of seeds, each pair of models once."""
     comparisons: pd.DataFrame
+    probes: dict[str, dict[str, Any]]
+    """By teacher, metrics.json of its probe."""
     recipes: dict[str, dict[str, Any]]
     """For each run the resolved params that its first seed recorded."""
     stages: pd.DataFrame
@@ -121,12 +124,23 @@ def load(study: Study, metrics: Path) -> Records:
         ood=_ood(study, evaluate / "ood.csv"),
         ensembles=_ensembles(study, evaluate / "ensembles.csv"),
         comparisons=_comparisons(study, evaluate / "comparisons.csv"),
+        probes={teacher: _probe(metrics / "probe" / teacher, teacher) for teacher in study.teachers},
         recipes={run: runs[run, study.seeds[0]][1]["params"] for run in study.runs},
         stages=pd.DataFrame(
             [{key: run[key] for key in ("stage", "seconds", "peak_memory_mb")} for run in provenance]
         ),
         provenance=provenance,
     )
+
+
+def _probe(folder: Path, teacher: str) -> dict[str, Any]:
+    stage = f"probe@{teacher}"
+    _run(folder, stage)
+    found = read_json(folder / "metrics.json", made_by=stage)
+    for key in ("knn_accuracy", "logistic_regression_accuracy", "effective_rank"):
+        if not isinstance(value := found.get(key), int | float) or not math.isfinite(value):
+            raise _damaged(folder / "metrics.json", stage, f"has no {key}")
+    return found
 
 
 def _train(folder: Path, stage: str) -> tuple[dict[str, Any], dict[str, Any], pd.DataFrame]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from attention_transfer.config import Report
+from attention_transfer.config import Pretrained, Report
 from attention_transfer.evaluation.statistics import Interval, gap_recovered, mean_interval
 from attention_transfer.files import atomic, write_text
 from attention_transfer.reporting.records import MEASURES, UNSHIFTED, Records
@@ -134,6 +134,42 @@ def ensembles_table(records: Records, report: Report) -> Table:
         "right or wrong."
     )
     return Table("ensembles", caption, pd.DataFrame(rows), pd.DataFrame(shown))
+
+
+def teachers_table(records: Records) -> Table:
+    """Every teacher: how it was obtained, and what its features are worth without fine-tuning."""
+    rows, shown = [], []
+    for name, teacher in records.study.teachers.items():
+        measured = records.probes[name]
+        images = teacher.images if isinstance(teacher, Pretrained) else ""
+        architecture = teacher.architecture
+        rows.append(
+            {"teacher": name, "kind": teacher.kind, "images": images}
+            | {"width": architecture.width, "components": " ".join(architecture.components)}
+            | {
+                key: measured[key]
+                for key in ("knn_accuracy", "logistic_regression_accuracy", "effective_rank")
+            }
+        )
+        shown.append(
+            {
+                "teacher": name,
+                "pre-training": teacher.kind,
+                "on images of": {"task": "the task", "": NONE}.get(images, images),
+                "width": str(architecture.width),
+                "components": ", ".join(architecture.components) or "plain",
+                "nearest neighbours, %": f"{100 * measured['knn_accuracy']:.2f}",
+                "logistic regression, %": f"{100 * measured['logistic_regression_accuracy']:.2f}",
+                "effective rank": f"{measured['effective_rank']:.1f}",
+            }
+        )
+    caption = (
+        "Teachers before any fine-tuning, by the mean of their patch tokens: accuracy on the validation images of "
+        "the nearest labelled images (20 of them, weighted) and of logistic regression on the labelled images, "
+        "both without augmentation; and the effective rank of the features of the validation images (RankMe), "
+        "which a collapse would bring to 1."
+    )
+    return Table("teachers", caption, pd.DataFrame(rows), pd.DataFrame(shown))
 
 
 def shifts_table(records: Records, report: Report) -> Table:
@@ -334,7 +370,7 @@ def time_table(records: Records) -> Table:
 def build(records: Records, report: Report) -> list[Table]:
     """The tables that the study's image sets and ensembles allow, in the order of the page."""
     sets = records.study.evaluation.sets
-    tables = [main_table(records, report), metrics_table(records)]
+    tables = [main_table(records, report), metrics_table(records), teachers_table(records)]
     if records.study.ensembles:
         tables.append(ensembles_table(records, report))
     if "shifts" in sets:
