@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 GRAPH, PARAMS = "studies/smoke/dvc.yaml", "presets/smoke.yaml"
 FAMILIES = (
     *("data", "split", "pretrain", "probe", "finetuned", "cache", "resolve"),
-    *("train", "shifts", "predict", "maps", "evaluate", "report"),
+    *("train", "shifts", "predict", "maps", "similarity", "evaluate", "report"),
 )
 MARK = "ATTENTION_TRANSFER_FAULTS"  # in the environment of every process of one start
 PATIENCE = 60.0  # seconds that a killed run may take to end

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT / "src"))
 
 from attention_transfer import provenance  # noqa: E402
 
-OF_EXPERIMENTS = ("resolve", "train", "predict", "evaluate")
+OF_EXPERIMENTS = ("resolve", "train", "predict", "evaluate", "similarity")
 # DVC reads and writes its lock file anew for every stage: the many stages list a room whole where they use
 # most of it.
 BY_ROOM = ("train", "predict", "finetuned")
@@ -72,7 +72,7 @@ def of_experiment(block: str) -> str:
     """The stage with its own outputs apart from the study's, and its params in two files."""
     for pattern, replacement in (
         (r"runs/\$\{name\}/(resolved|students|predictions)", r"runs/${where.own}/\1"),
-        (r"metrics/\$\{name\}/evaluate", "metrics/${where.base}/evaluate/${where.experiment}"),
+        (r"metrics/\$\{name\}/(evaluate|similarity)", r"metrics/${where.base}/\1/${where.experiment}"),
         (r"\$\{name\}", "${where.base}"),
     ):
         block = re.sub(pattern, replacement, block)

@@ -138,6 +138,7 @@ def test_what_experiments_need_stays_as_long_as_the_study_names_them() -> None:
         "runs/tiny/experiments/heads/predictions/copy_a_head/1/test.safetensors",
         "runs/tiny/experiments/gone/resolved/run.json",
         "metrics/tiny/evaluate/gone/scores.csv",
+        "metrics/tiny/similarity/gone/cka.csv",
         ".ckpt/tiny/heads/train-gone-0-0123456789abcdef/state.pt",
     }
     for name in theirs | stale:

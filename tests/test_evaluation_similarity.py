@@ -1,4 +1,4 @@
-"""CKA and Jensen-Shannon divergence against naive float64 loops, SciPy, closed forms and their invariances."""
+"""CKA and Jensen-Shannon divergence against naive float64 loops, SciPy, closed forms and invariances."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Made(TorchFunctionMode):
 
 
 def hsic_over_quadruples(first: Tensor, second: Tensor) -> float:
-    """The U-statistic that the unbiased estimator is: Song et al. (2012), eq. 4."""
+    """The U-statistic that the unbiased estimator is (Song et al., 2012)."""
     k, m = (first @ first.T).tolist(), (second @ second.T).tolist()
     quadruples = list(itertools.permutations(range(len(first)), 4))
     terms = (k[i][j] * (m[i][j] + m[q][r] - 2 * m[i][q]) for i, j, q, r in quadruples)
@@ -300,7 +300,7 @@ def test_unsound_features_are_refused() -> None:
         (sound, draw(5, 3), "second: expected 6 examples like the first layer, got 5"),
         (draw(3, 3), draw(3, 3), "first: expected at least 4 examples, got 3"),
         (sound, constant, "second: expected features that differ between examples, got constant ones"),
-        (sound, one_differs, "second: expected pairs .* all but one are equal"),
+        (sound, one_differs, "second: expected pairs .* all equal but one"),
         (torch.eye(6), sound, "first: expected pairs .* equally far apart"),
         (sound, sound.where(sound < 1, torch.nan), "second: expected finite features"),
         (sound.where(sound < 1, torch.inf), sound, "first: expected finite features"),

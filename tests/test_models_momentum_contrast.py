@@ -181,7 +181,6 @@ def projections(model: MomentumContrast) -> Tensor:
         return model.eval().momentum_network([tiny.structured(64, seed=999)[0]])[0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_does_not_collapse(kind: str) -> None:
     model = make(kind)
@@ -190,7 +189,6 @@ def test_it_does_not_collapse(kind: str) -> None:
     assert tiny.effective_rank(projections(model)) > 5
 
 
-@pytest.mark.slow
 def test_what_keeps_it_from_collapse_is_the_other_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without batch norm, which spreads whatever comes: with the contrast, and with its numerator alone."""
     contrasted = without_batch_norm(make(base_momentum=0.0))

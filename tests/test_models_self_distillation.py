@@ -162,7 +162,6 @@ def outputs(model: SelfDistillation) -> tuple[Tensor, float]:
     return cosines, float(entropy(choice.mean(dim=0)).sum() - entropy(choice).sum(dim=1).mean())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_does_not_collapse(kind: str) -> None:
     model = make(kind)
@@ -172,7 +171,6 @@ def test_it_does_not_collapse(kind: str) -> None:
     assert information > 0.7  # of log(8) = 2.1 for eight patterns
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("teacher_temperature", "centre_momentum"),
     [(0.04, 1.0), (1.0, 0.9), (1.0, 1.0)],

@@ -154,7 +154,7 @@ def test_every_table_is_written_twice(report: Path) -> None:
     names = {path.stem for path in (report / "tables").glob("*.csv")}
     assert names == {path.stem for path in (report / "tables").glob("*.md")}
     assert names == {
-        *("main", "metrics", "teachers", "ensembles", "shifts", "ood"),
+        *("main", "metrics", "teachers", "similarity", "ensembles", "shifts", "ood"),
         *("comparisons", "training", "recipes", "time"),
     }
 

@@ -113,6 +113,26 @@ def test_a_probe_without_a_number_is_an_error(value: object, tmp_path: Path) -> 
         load(study, metrics)
 
 
+def test_similarity_table(tmp_path: Path) -> None:
+    found = frames(records_of(tmp_path, synthetic.study()))["similarity"].set_index(["run", "reference"])
+    assert found.loc[("copy", "teacher"), "cka_mean"] == pytest.approx(0.75)
+    assert found.loc[("copy", "finetune"), "last_cka_mean"] == pytest.approx(0.25)
+    assert found.loc[("scratch", "teacher"), "divergence_mean"] == pytest.approx(0.11)
+    spread = 0.01 / 3**0.5 * 4.302653  # Student's t of two degrees of freedom
+    assert found.loc[("scratch", "teacher"), "divergence_low"] == pytest.approx(0.11 - spread, rel=1e-5)
+    assert ("finetune", "finetune") not in found.index
+
+
+def test_a_run_without_similarity_is_an_error(tmp_path: Path) -> None:
+    study = synthetic.study()
+    metrics, _ = synthetic.write(tmp_path, study)
+    path = metrics / "similarity" / "layers.csv"
+    table = pd.read_csv(path)
+    synthetic.overwrite(path, table[(table["run"] != "copy") | (table["seed"] != 1)])
+    with pytest.raises(StudyError, match="has no row for run copy, seed 1"):
+        load(study, metrics)
+
+
 def test_shifts_table(tmp_path: Path) -> None:
     records = records_of(tmp_path, synthetic.study(), Numbers(drop={"distill": 0.2}))
     shifts = frames(records)["shifts"].set_index(["run", "shift"])
@@ -147,6 +167,7 @@ def test_tables_follow_the_image_sets(tmp_path: Path) -> None:
         ("train/copy/1/metrics.json", "train@copy-1"),
         ("train/copy/1/run.json", "train@copy-1"),
         ("train/copy/1/curve.csv", "train@copy-1"),
+        ("similarity/layers.csv", "similarity"),
         ("probe/untrained/metrics.json", "probe@untrained"),
         ("evaluate/scores.csv", "evaluate"),
         ("evaluate/ood.csv", "evaluate"),

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 GRAPH = "studies/smoke/dvc.yaml"
 PRESET = "presets/smoke.yaml"
 METHODS = ("scratch", "finetune", "linear_probe", "copy", "distill")
-COLLECTORS = {"evaluate", "maps", "report"}
+COLLECTORS = {"evaluate", "similarity", "maps", "report"}
 FAMILIES = {
     "data",
     "split",
@@ -369,7 +369,8 @@ def test_an_experiment_runs_on_the_studys_data_and_teachers(study: Study) -> Non
     (folder / "dvc.yaml").symlink_to("../../experiment.yaml")
     (folder / "params.yaml").symlink_to("../../../presets/smoke/heads.yaml")
     graph = "studies/smoke/heads/dvc.yaml"
-    expected = {"resolve@copy_a_head", "train@copy_a_head-0", "predict@copy_a_head-0", "evaluate"}
+    runs = {"resolve@copy_a_head", "train@copy_a_head-0", "predict@copy_a_head-0"}
+    expected = {*runs, "evaluate", "similarity"}
     assert study.stages_run(graph) == expected
     assert study.stages_run(graph) == set()
     scores = pd.read_csv(study.folder / "metrics/smoke/evaluate/heads/scores.csv")
@@ -383,8 +384,14 @@ def test_an_experiment_runs_on_the_studys_data_and_teachers(study: Study) -> Non
     (trained,) = study.runs("tags.run = 'copy_a_head' and tags.stage = 'train'")
     assert trained["tags"]["dvc.stage"] == "train@copy_a_head-0"
     preset.write_text(yaml.safe_dump(experiment | {"seeds": [1]}), encoding="utf-8")
-    assert study.stages_run(graph) == {"train@copy_a_head-1", "predict@copy_a_head-1", "evaluate"}
-    for made in (preset.parent, folder, study.folder / "metrics/smoke/evaluate/heads"):
+    assert study.stages_run(graph) == {
+        "train@copy_a_head-1",
+        "predict@copy_a_head-1",
+        "evaluate",
+        "similarity",
+    }
+    records = [study.folder / f"metrics/smoke/{stage}/heads" for stage in ("evaluate", "similarity")]
+    for made in (preset.parent, folder, *records):
         shutil.rmtree(made)
 
 

@@ -19,6 +19,7 @@ from attention_transfer.layout import Layout
 Tree = Mapping[str, Any]
 """By name what lies in a folder: another tree, or None where everything below is needed."""
 
+OF_EXPERIMENTS = ("evaluate", "similarity")  # stages of which a study has one, and each experiment another
 GITIGNORE = ".gitignore"  # DVC's, beside its outputs
 
 
@@ -160,9 +161,10 @@ def _unnamed(study: Study, layout: Layout, experiments: Sequence[Study]) -> Iter
             for family, tree in families.items():
                 yield from _not_in(root / family, tree)
     names = {Layout(each.name).experiment for each in experiments}
-    for path in _below(layout.record("evaluate")) if _own(layout.metrics) else ():
-        if path.is_dir() and path.name not in names:  # the study's own tables lie beside them
-            yield path
+    for stage in OF_EXPERIMENTS if _own(layout.metrics) else ():
+        for path in _below(layout.record(stage)):
+            if path.is_dir() and path.name not in names:  # the study's own tables lie beside them
+                yield path
 
 
 def _not_in(folder: Path, tree: Tree) -> Iterator[Path]:
@@ -204,8 +206,8 @@ def _checkpoints(study: Study, experiments: Sequence[Study]) -> dict[Path, str]:
     labels = {f"{stage}-{name}" for stage in ("pretrain", "probe", "cache") for name in study.teachers}
     labels |= {f"{stage}-{run}-{seed}" for stage in ("train", "predict") for run, seed in study.grid}
     labels |= {f"resolve-{run}" for run in study.runs}
-    labels |= {"data", "split", "finetuned", "shifts", "evaluate", "maps", "report"}
-    labels |= {f"evaluate-{Layout(study.name).experiment}"}
+    labels |= {"data", "split", "finetuned", "shifts", *OF_EXPERIMENTS, "maps", "report"}
+    labels |= {f"{stage}-{Layout(study.name).experiment}" for stage in OF_EXPERIMENTS}
     newest: dict[str, Path] = {}
     folders = (
         [path for path in _below(root) if path.name not in (lock_file.NAME, *names)] if _own(root) else []

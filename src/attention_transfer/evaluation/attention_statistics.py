@@ -15,9 +15,9 @@ ROUNDING = 0.01  # of a row's sum: bfloat16 maps, the coarsest in use, are off b
 def mean_attention_distance(maps: Tensor, grid: tuple[int, int], patch_size: int, prefix: int) -> Tensor:
     """How far each head looks, in pixels: a head's counterpart of a convolution's receptive field.
 
-    The distance between the centres of query and key patch, weighted by attention, mean over patch queries and
-    examples (Dosovitskiy et al., 2021, figure 7; Raghu et al., 2021, figure 3). Prefix tokens lie nowhere:
-    they are left out as queries, and the attention that a patch pays to the other patches is renormalised.
+    The distance between the centres of query and key patch, weighted by attention, mean over patch queries
+    and examples (Dosovitskiy et al., ICLR 2021, figure 7; Raghu et al., NeurIPS 2021). Prefix tokens lie
+    nowhere: they are left out as queries, and the attention that a patch pays to patches is renormalised.
 
     Args:
         maps: (examples, heads, tokens, tokens), each row a distribution over the keys.

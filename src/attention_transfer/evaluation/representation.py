@@ -1,4 +1,4 @@
-"""How good a frozen representation is: nearest neighbours, a linear probe, and how many directions it uses."""
+"""How good a frozen representation is: nearest neighbours, a linear probe, and the directions it uses."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 2**22  # similarities at a time: 32 MB in float64
-ITERATIONS = (
-    10_000  # of the linear probe, which takes some hundred where its regularisation is not all but zero
-)
+ITERATIONS = 10_000  # of the linear probe at most; tens to hundreds are usual
 TOLERANCE = 1e-6  # of the largest element of its gradient; at 1e-4 single predictions still change
 
 
@@ -72,9 +70,9 @@ def linear_probe_accuracy(
     """Accuracy of multinomial logistic regression on standardised features, between 0 and 1.
 
     Mean and deviation of each feature are those of the training examples. The weights w and biases minimise
-    mean cross-entropy + regularisation * |w|^2 / 2, a convex problem with one solution, by scikit-learn's L-BFGS
-    from zero: nothing is drawn at random. Being beside the mean, the regularisation means the same for any
-    number of examples. With two classes there is one weight vector, not two.
+    mean cross-entropy + regularisation * |w|^2 / 2, a convex problem with one solution, by scikit-learn's
+    L-BFGS from zero: nothing is drawn at random. Being beside the mean, the regularisation means the same
+    for any number of examples. With two classes there is one weight vector, not two.
 
     Args:
         features, labels: of the training examples, (examples, width) floating point, finite, and (examples,)
@@ -120,17 +118,17 @@ def linear_probe_accuracy(
 def effective_rank(features: Tensor) -> float:
     """How many directions the features use: RankMe (Garrido et al., 2023, eq. 1).
 
-    exp of the entropy of the singular values divided by their sum, of the matrix of features as it stands (Roy &
-    Vetterli, 2007). Not centred, as in the paper: a mean that dwarfs all variation is a collapse, which centring
-    would hide; and a complete one, all examples at one point, has rank 1 and not 0 / 0. The paper's epsilon
-    against log 0 is left out, for 0 log 0 = 0.
+    exp of the entropy of the singular values divided by their sum, of the matrix of features as it stands
+    (Roy & Vetterli, 2007). Not centred, as in the paper: a mean that dwarfs all variation is a collapse,
+    which centring would hide; and a complete one, all examples at one point, has rank 1 and not 0 / 0. The
+    paper's epsilon against log 0 is left out, for 0 log 0 = 0.
 
     Args:
         features: (examples, width), floating point, finite, not all zero.
 
     Returns:
-        From 1, all examples on one line through the origin, to min(examples, width), all directions used alike;
-        of few examples it is low, so that only equal numbers of them can be compared.
+        From 1, all examples on one line through the origin, to min(examples, width), all directions used
+        alike. Few examples make it low, so that only equal numbers of them can be compared.
 
     Raises:
         ValueError: shapes, types or values are not as above.
@@ -155,7 +153,8 @@ def _check(features: Tensor, labels: Tensor, test_features: Tensor, test_labels:
         _check_features(data, f"{prefix}features")
         if targets.shape != (len(data),) or targets.dtype != torch.int64:
             raise ValueError(
-                f"{prefix}labels: expected torch.int64 ({len(data)},), got {targets.dtype} {tuple(targets.shape)}"
+                f"{prefix}labels: expected torch.int64 ({len(data)},), "
+                f"got {targets.dtype} {tuple(targets.shape)}"
             )
         if targets.min() < 0:
             raise ValueError(f"{prefix}labels: expected class indices, got {int(targets.min())}")

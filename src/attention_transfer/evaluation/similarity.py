@@ -17,17 +17,17 @@ VANISHING = 1e-12  # of a layer's HSIC with itself, for features of norm 1: no m
 def linear_cka(first: Tensor, second: Tensor) -> float:
     """Linear centred kernel alignment of two layers' features on the same examples, without bias.
 
-    HSIC(first, second) / sqrt(HSIC(first, first) HSIC(second, second)) (Kornblith et al., 2019, eq. 3), with
-    the unbiased estimator of HSIC (Song et al., 2012, eq. 5) in all three places as in Nguyen et al. (2021, eq.
-    1 to 3), but of all examples at once. The usual, biased estimator calls any two layers alike that are wide
-    and seen on few examples; this one gives about 0 for independent features. Neither rotations of the features
-    nor a shift or a common factor change it.
+    HSIC(first, second) / sqrt(HSIC(first, first) HSIC(second, second)) (Kornblith et al., ICML 2019), with
+    the unbiased estimator of HSIC (Song et al., JMLR 2012, HSIC_1) in all three places as in Nguyen et al.
+    (ICLR 2021), but of all examples at once. The usual, biased estimator calls any two layers alike that are
+    wide and seen on few examples; this one gives about 0 for independent features. Neither rotations of the
+    features nor a shift or a common factor change it.
 
     Args:
         first, second: (examples, width of the layer), floating point, finite, at least 4 examples.
 
     Returns:
-        1 for features that are alike; about 0, and on either side of it, for independent ones; at least -1.
+        1 for features that are alike; about 0, on either side of it, for independent ones; at least -1.
 
     Raises:
         ValueError: shapes or values are not as above, or CKA is undefined: features that are constant, or
@@ -58,8 +58,8 @@ def cka_matrix(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
 def jensen_shannon(first: Tensor, second: Tensor) -> Tensor:
     """Jensen-Shannon divergence between attention maps, row by row, in nats.
 
-    H((p + q) / 2) - (H(p) + H(q)) / 2 with entropy H (Lin, 1991): 0 for equal rows, ln 2 for rows without a key
-    in common.
+    H((p + q) / 2) - (H(p) + H(q)) / 2 with entropy H (Lin, 1991): 0 for equal rows, ln 2 for rows without a
+    key in common.
 
     Args:
         first, second: (.., queries, keys), each row a distribution over the keys.
@@ -161,15 +161,15 @@ def _cka_matrix(first: dict[str, Tensor], second: dict[str, Tensor]) -> Tensor:
     everything = first | second
     for name, features in everything.items():
         _check_features(features, name, len(next(iter(everything.values()))))
-    # Gram or covariance matrices, whichever are smaller at the widest layer; one form for all, to compare any two.
+    # Gram or covariance matrices, whichever are smaller at the widest layer; one form, to compare any two.
     grams = any(len(features) <= features.shape[1] for features in everything.values())
     layers = {name: _layer(features, grams) for name, features in everything.items()}
     own = {name: _hsic(layer, layer, grams) for name, layer in layers.items()}
     for name, value in own.items():
         if value < VANISHING:
             raise ValueError(
-                f"{name}: expected pairs of examples that differ in how alike they are, got features of which "
-                "all but one are equal, or all equally far apart"
+                f"{name}: expected pairs of examples that differ in how alike they are, got examples "
+                "that are all equal but one, or all equally far apart"
             )
     rows = [[_hsic(layers[a], layers[b], grams) / (own[a] * own[b]).sqrt() for b in second] for a in first]
     return torch.stack([torch.stack(row) for row in rows])
@@ -199,9 +199,9 @@ def _layer(features: Tensor, gram: bool) -> _Layer:
 def _hsic(first: _Layer, second: _Layer, grams: bool) -> Tensor:
     """Unbiased HSIC of two layers, times n (n - 3), which CKA cancels.
 
-    Song et al.'s formula, for Gram matrices whose diagonals are set to zero. The rows of a centred Gram matrix K
-    have sum zero, so without their diagonals k they have sum -k, and with tr(K L) = |X'Y|^2 the formula needs
-    no matrix but the one of that norm.
+    Song et al.'s formula, for Gram matrices whose diagonals are set to zero. The rows of a centred Gram
+    matrix K have sum zero, so without their diagonals k they have sum -k, and with tr(K L) = |X'Y|^2 the
+    formula needs no matrix but the one of that norm.
     """
     n = len(first.diagonal)
     if grams:

@@ -19,7 +19,7 @@ from attention_transfer.measuring.speeds import RunSpeed, Speeds
 from attention_transfer.transfer.cache_size import exact_bytes
 
 Source = Literal["cache", "online"]
-STARTED_ONLY = ("data", "split", "finetuned", "shifts", "evaluate", "maps", "report")
+STARTED_ONLY = ("data", "split", "finetuned", "shifts", "evaluate", "similarity", "maps", "report")
 """Stages of seconds, and one that few studies have, of which only the start is in the forecast."""
 
 

@@ -29,6 +29,7 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("shifts", "Distribution shift", ("shift_severity", "contact_sheet"), ("shifts",)),
     ("metrics", "Calibration and other measures", (), ("metrics", "ood")),
     ("maps", "Where the models look", ("attention_maps",), ()),
+    ("similarity", "How alike the models are", (), ("similarity",)),
     ("comparisons", "Paired comparisons", (), ("comparisons",)),
     ("recipes", "Recipes and time", (), ("recipes", "time")),
 )

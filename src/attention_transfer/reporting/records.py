@@ -30,6 +30,10 @@ _ENSEMBLES = [
     *("first_accuracy", "second_accuracy", "gain", "disagreement", "error_consistency"),
 ]
 _COMPARISONS = ["first", "second", "set", "shift", "difference", "low", "high", "seeds", "examples"]
+_SIMILARITY = [
+    *("run", "seed", "reference", "layer"),
+    *("cka", "divergence", "matched_divergence", "distance", "entropy"),
+]
 _CURVE = ["epoch", "step", "task_loss", "attention_loss", "learning_rate", "validation_accuracy"]
 _SOME_CURVES = ("feature_loss", "logit_loss")
 
@@ -52,6 +56,8 @@ class Records:
     ensembles: pd.DataFrame
     """Test set only; one row per ensemble and pair of seeds, each pair of models once."""
     comparisons: pd.DataFrame
+    similarity: pd.DataFrame
+    """One row per run, seed, reference (`teacher`, `finetune`) and layer."""
     probes: dict[str, dict[str, Any]]
     """By teacher, metrics.json of its probe."""
     recipes: dict[str, dict[str, Any]]
@@ -124,6 +130,7 @@ def load(study: Study, metrics: Path) -> Records:
         ood=_ood(study, evaluate / "ood.csv"),
         ensembles=_ensembles(study, evaluate / "ensembles.csv"),
         comparisons=_comparisons(study, evaluate / "comparisons.csv"),
+        similarity=_similarity(study, metrics / "similarity" / "layers.csv"),
         probes={teacher: _probe(metrics / "probe" / teacher, teacher) for teacher in study.teachers},
         recipes={run: runs[run, study.seeds[0]][1]["params"] for run in study.runs},
         stages=pd.DataFrame(
@@ -291,6 +298,16 @@ def _each_pair_once(rows: pd.DataFrame) -> pd.DataFrame:
         for row in rows.itertuples(index=False)
     ]
     return rows[~pd.Series(models, index=rows.index).duplicated()]
+
+
+def _similarity(study: Study, path: Path) -> pd.DataFrame:
+    frame = _table(path, "similarity", _SIMILARITY)
+    frame = frame[[pair in study.grid for pair in zip(frame["run"], frame["seed"], strict=True)]]
+    known = set(zip(frame["run"], frame["seed"], strict=True))
+    for run, seed in study.grid if _predicts(study, "test") else ():
+        if (run, seed) not in known:
+            raise _damaged(path, "similarity", f"has no row for run {run}, seed {seed}")
+    return frame.reset_index(drop=True)
 
 
 def _comparisons(study: Study, path: Path) -> pd.DataFrame:

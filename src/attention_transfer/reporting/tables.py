@@ -172,6 +172,39 @@ def teachers_table(records: Records) -> Table:
     return Table("teachers", caption, pd.DataFrame(rows), pd.DataFrame(shown))
 
 
+def similarity_table(records: Records, report: Report) -> Table:
+    """Every run against its teacher and against the fine-tuned student."""
+    rows, shown = [], []
+    names = {"teacher": "its teacher", "finetune": report.finetune}
+    for (run, reference), group in records.similarity.groupby(["run", "reference"], sort=False):
+        last = group[group["layer"] == group["layer"].max()]
+        means = group.groupby("seed")[["cka", "divergence", "matched_divergence"]].mean()
+        over = {column: _over_seeds(records, means[column]) for column in means}
+        over["last_cka"] = _over_seeds(records, last["cka"])
+        row: dict[str, Any] = {"run": run, "reference": reference, "seeds": len(means)}
+        for column, interval in over.items():
+            row |= _spread(column, interval)
+        rows.append(row)
+        shown.append(
+            {
+                "run": str(run),
+                "compared with": names[str(reference)],
+                "CKA of features, mean over layers": plain(over["cka"]),
+                "CKA behind the last layer": plain(over["last_cka"]),
+                "divergence of maps, nats": plain(over["divergence"]),
+                "divergence, heads matched, nats": plain(over["matched_divergence"]),
+            }
+        )
+    caption = (
+        "How alike two models are on the same test images, layer by layer: linear CKA of the mean of the patch "
+        "tokens (1: alike but for a rotation; 0: unrelated), and Jensen-Shannon divergence of the attention maps (0 "
+        "to 0.693), head by head and under the best assignment of heads: mean over layers and seeds with "
+        f"{level(records)} interval. The fine-tuned student is that of the same seed."
+    )
+    columns = ["run", "reference", "seeds"] if not rows else None
+    return Table("similarity", caption, pd.DataFrame(rows, columns=columns), pd.DataFrame(shown))
+
+
 def shifts_table(records: Records, report: Report) -> Table:
     """Every run under every shift, averaged over severities, and under all shifts together."""
     reference = {shift: _drop(records, report.finetune, shift) for shift in _shifts(records)}
@@ -375,6 +408,7 @@ def build(records: Records, report: Report) -> list[Table]:
         tables.append(ensembles_table(records, report))
     if "shifts" in sets:
         tables.append(shifts_table(records, report))
+    tables.append(similarity_table(records, report))
     if "digits" in sets:
         tables.append(ood_table(records))
     return [
