@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from attention_transfer import tracking
+from attention_transfer import config, tracking
 from attention_transfer.errors import StudyError
 from attention_transfer.files import fingerprint, sha256
 from attention_transfer.reporting import page
@@ -18,16 +18,20 @@ def main(this: Stage) -> None:
     def work() -> dict[str, Any]:
         layout.report.mkdir(parents=True, exist_ok=True)
         if study.report is not None:
-            page.build(study, layout.metrics, layout.artifacts, layout.report)
+            experiments = config.experiments(this.params_file)
+            page.build(study, layout.metrics, layout.artifacts, layout.report, experiments)
             for path in sorted((layout.report / "figures").glob("*.png")):
                 this.tracker.log_artifact(path)
             this.tracker.log_artifact(layout.report / "report.html")
         show_recorded_runs(study.name)
         return {}
 
-    records = sorted(path for path in (layout.metrics / "evaluate").glob("*.csv"))
+    records = sorted(path for path in (layout.metrics / "evaluate").glob("**/*.csv"))
     this.run(
-        params={"report": None if study.report is None else study.report.model_dump(mode="json")},
+        params={
+            "report": None if study.report is None else study.report.model_dump(mode="json"),
+            "experiments": list(study.experiments),
+        },
         inputs={"records": fingerprint([sha256(path) for path in records])},
         work=work,
         live=True,

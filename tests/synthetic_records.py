@@ -38,6 +38,7 @@ def study(
     values: dict[str, Any] = {
         "name": "synthetic",
         "seeds": tuple(seeds),
+        "experiments": (),
         "data": {
             "source": "fashion-mnist",
             "folder": "data",

@@ -23,7 +23,7 @@ from attention_transfer.errors import StudyError
 
 ROOT = Path(__file__).parents[1]
 STUDIES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
-LEFT_OUT = {"components", "experiments", "images"}  # keys that a study need not have: none, or the task's
+LEFT_OUT = {"components", "images"}  # keys that a study need not have: none, or the task's
 NAMED = (
     "teachers",
     "finetuned_teachers",

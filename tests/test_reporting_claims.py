@@ -120,7 +120,7 @@ def test_one_seed_resolves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bound", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_become_null(bound: float) -> None:
-    claim = Claim("main/copy", Interval(0.9, bound, bound, 1), "not resolved")
+    claim = Claim("main/copy", "c", "p", "r", Interval(0.9, bound, bound, 1), "not resolved")
     assert json.loads(json.dumps(claim.as_json(), allow_nan=False))["interval"] == [None, None]
 
 

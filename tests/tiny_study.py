@@ -35,6 +35,7 @@ RECIPE: dict[str, Any] = {
 _PARAMS: dict[str, Any] = {
     "name": "tiny",
     "seeds": (0,),
+    "experiments": (),
     "data": {
         "source": "fashion-mnist", "folder": "data", "train_split": "train", "test_split": "test",
         "image_size": 8, "channels": 1, "labelled": 24, "validation": 9, "seed": 0,

@@ -3,7 +3,7 @@
 `load` checks the whole file, relations between its keys included, before any stage works. Only
 `runs` have defaults, and the stage `resolve` writes each run's resolved values to a file that
 training depends on: a changed default reruns what it changes. Elsewhere a key may be left out where
-that says what it means: no components, no experiments, the task's own images to pre-train on.
+that says what it means: no components, the task's own images to pre-train on.
 """
 
 from __future__ import annotations
@@ -374,8 +374,8 @@ class Study(Section):
     """A whole params.yaml, or an experiment with what it takes from the study that it extends."""
 
     name: StudyName
-    experiments: tuple[Name, ...] = ()
-    """Further runs on this study's data and teachers: each in a file of its own, see `experiments`."""
+    experiments: tuple[Name, ...]
+    """Further runs on this study's data and teachers: each in a file of its own, see `experiments`; [] for none."""
     seeds: tuple[Seed, ...]
     data: Data
     views: Views
@@ -645,7 +645,7 @@ def _extended(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in base.items() if key not in (*_OWN, "experiments")}
     judged = {key: value for key, value in base["evaluation"].items() if key != "sets"}
     evaluation = {**judged, **own} if isinstance(own, dict) else own
-    return {**kept, **values, "report": None, "evaluation": evaluation}
+    return {**kept, **values, "experiments": (), "report": None, "evaluation": evaluation}
 
 
 def _checked(path: Path, values: dict[str, Any]) -> Study:

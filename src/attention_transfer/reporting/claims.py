@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
 from attention_transfer.config import Report
 from attention_transfer.evaluation.statistics import Interval, equivalent, mean_interval, paired_difference
+from attention_transfer.reporting import contrasts
+from attention_transfer.reporting.contrasts import Verdict
+from attention_transfer.reporting.experiments import Experiment, accuracies
 from attention_transfer.reporting.records import UNSHIFTED, Records
 from attention_transfer.reporting.tables import run_gap
-
-Verdict = Literal["supported", "contradicted", "not resolved"]
 
 MOST_OF_THE_GAP = 0.5
 RULES = {
@@ -78,30 +79,26 @@ PUBLISHED = {
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim and what the study says about it."""
+    """One claim and what the study says about it.
+
+    Attributes:
+        id: the experiment's id in the paper's list, and a name.
+        note: what has to be known beside the verdict.
+        exploratory: not one of the main claims, for which the study was designed.
+    """
 
     id: str
+    claim: str
+    published: str
+    rule: str
     effect: Interval
     verdict: Verdict
     note: str = ""
-    """What has to be known beside the verdict."""
+    exploratory: bool = False
 
     @property
     def experiment(self) -> str:
-        """The experiment's id in the paper's list."""
         return self.id.split("/")[0]
-
-    @property
-    def claim(self) -> str:
-        return CLAIMS[self.id]
-
-    @property
-    def published(self) -> str:
-        return PUBLISHED[self.id]
-
-    @property
-    def rule(self) -> str:
-        return RULES[self.id]
 
     def as_json(self) -> dict[str, Any]:
         """For claims.json; a number that is not finite becomes null."""
@@ -114,6 +111,7 @@ class Claim:
             "interval": [_finite(self.effect.low), _finite(self.effect.high)],
             "n_seeds": self.effect.n,
             "rule": self.rule,
+            "exploratory": self.exploratory,
             "verdict": self.verdict,
             "note": self.note,
         }
@@ -135,6 +133,37 @@ def judge(records: Records, report: Report) -> tuple[list[Claim], dict[str, str]
     return claims, untested
 
 
+def of_experiments(
+    records: Records, experiments: list[Experiment], report: Report
+) -> tuple[list[Claim], dict[str, str]]:
+    """Verdicts on the claims of the experiments that the study names, and why some cannot be judged."""
+    names = {experiment.name for experiment in experiments}
+    judged, untested = contrasts.judge(
+        [contrast for contrast in contrasts.CONTRASTS if contrast.id.split("/")[0] in names],
+        accuracies(records, experiments),
+        margin=report.equivalence_margin,
+        confidence=records.study.evaluation.confidence,
+    )
+    claims = [
+        Claim(
+            each.contrast.id,
+            each.contrast.claim,
+            each.contrast.published,
+            each.contrast.rule_text,
+            each.effect,
+            each.verdict,
+            note=f"seeds {', '.join(map(str, each.seeds))}.",
+            exploratory=True,
+        )
+        for each in judged
+    ]
+    return claims, untested
+
+
+def _claim(claim: str, effect: Interval, verdict: Verdict, note: str = "") -> Claim:
+    return Claim(claim, CLAIMS[claim], PUBLISHED[claim], RULES[claim], effect, verdict, note)
+
+
 def _above(interval: Interval, threshold: float) -> Verdict:
     if not (math.isfinite(interval.low) and math.isfinite(interval.high)):
         return "not resolved"
@@ -145,21 +174,21 @@ def _above(interval: Interval, threshold: float) -> Verdict:
 
 def _pretraining_helps(records: Records, report: Report) -> Claim:
     gap = _difference(records, report.finetune, report.scratch)
-    return Claim("main/pretraining_helps", gap, _above(gap, 0))
+    return _claim("main/pretraining_helps", gap, _above(gap, 0))
 
 
 def _copy_recovers(records: Records, report: Report) -> Claim:
     recovered = run_gap(records, report, report.copied)
     if _above(_difference(records, report.finetune, report.scratch), 0) != "supported":
         note = "fine-tuning is not shown to beat scratch, so there is no gap to recover."
-        return Claim("main/copy", recovered, "not resolved", note)
-    return Claim("main/copy", recovered, _above(recovered, MOST_OF_THE_GAP))
+        return _claim("main/copy", recovered, "not resolved", note)
+    return _claim("main/copy", recovered, _above(recovered, MOST_OF_THE_GAP))
 
 
 def _distill_equals(records: Records, report: Report) -> Claim:
     difference = _difference(records, report.distilled, report.finetune)
     verdict, note = _equality(records, report, difference)
-    return Claim("main/distill", difference, verdict, note)
+    return _claim("main/distill", difference, verdict, note)
 
 
 def _equality(records: Records, report: Report, difference: Interval) -> tuple[Verdict, str]:
@@ -195,7 +224,7 @@ def _judge_ensembles(records: Records, report: Report, claims: list[Claim], unte
         untested |= {claim: missing for claim in RULES if claim.startswith("ensemble/")}
         return
     gain = mean_interval(mixed["gain"].to_numpy(float), confidence)
-    claims.append(Claim("ensemble/beats_members", gain, _above(gain, 0)))
+    claims.append(_claim("ensemble/beats_members", gain, _above(gain, 0)))
     for claim, run in (
         ("ensemble/beats_finetune_pair", report.finetune),
         ("ensemble/beats_distill_pair", report.distilled),
@@ -210,7 +239,7 @@ def _judge_ensembles(records: Records, report: Report, claims: list[Claim], unte
             pair.loc[seeds, "accuracy"].to_numpy(float),
             confidence,
         )
-        claims.append(Claim(claim, difference, _above(difference, 0)))
+        claims.append(_claim(claim, difference, _above(difference, 0)))
 
 
 def _ensemble(records: Records, first: str, second: str) -> pd.DataFrame | None:
@@ -232,7 +261,7 @@ def _falls_below(records: Records, report: Report) -> Claim:
     clean = _difference(records, report.distilled, report.finetune)
     equal, _ = _equality(records, report, clean)
     note = f"equal in-distribution: {equal}; clean distill − finetune is {100 * clean.mean:+.2f} points."
-    return Claim("shift/distill_falls_below", effect, mirrored, note)
+    return _claim("shift/distill_falls_below", effect, mirrored, note)
 
 
 def _finite(value: float) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,16 @@ from attention_transfer.config import Report, Study
 from attention_transfer.errors import StudyError
 from attention_transfer.files import write_json, write_text
 from attention_transfer.reporting import claims, figures, tables
+from attention_transfer.reporting import experiments as experiment_records
 from attention_transfer.reporting.claims import Claim
+from attention_transfer.reporting.contrasts import CONTRASTS
+from attention_transfer.reporting.experiments import Experiment
 from attention_transfer.reporting.figures import Drawing
 from attention_transfer.reporting.records import Records, load
 from attention_transfer.reporting.tables import Table
 
-SECTIONS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
+Section = tuple[str, str, tuple[str, ...], tuple[str, ...]]
+SECTIONS: tuple[Section, ...] = (
     ("main", "Main comparison", ("main",), ("main",)),
     ("learning", "Learning curves", ("learning_curves",), ("training",)),
     ("teachers", "Teachers", (), ("teachers",)),
@@ -37,14 +41,17 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
 EXPERIMENTS = {"main": "Main comparison", "ensemble": "Ensembles", "shift": "Distribution shift"}
 
 
-def build(study: Study, metrics: Path, artifacts: Path, out: Path) -> None:
-    """Writes the report of a study.
+def build(
+    study: Study, metrics: Path, artifacts: Path, out: Path, experiments: Mapping[str, Study] | None = None
+) -> None:
+    """Writes the report of a study and of its experiments.
 
     Args:
         metrics: the study's folder of records, metrics/<study>.
         artifacts: its folder of large outputs, runs/<study>; read are the attention maps and the contact sheet.
         out: written are report.html, report.md, claims.json, tables/ and figures/; tables and figures of an
             earlier report that this one does not have are removed.
+        experiments: by name, see `config.experiments`.
 
     Raises:
         StudyError: the study has no report section or does not predict on the test set, or a record is missing
@@ -65,13 +72,18 @@ def build(study: Study, metrics: Path, artifacts: Path, out: Path) -> None:
         )
     records = load(study, metrics)
     judged, untested = claims.judge(records, report)
-    all_tables = tables.build(records, report)
+    more = experiment_records.load(experiments or {}, metrics)
+    found, reasons = claims.of_experiments(records, more, report)
+    judged, untested = judged + found, untested | reasons
+    all_tables = tables.build(records, report) + [
+        experiment_records.table(experiment, records, report) for experiment in more
+    ]
     drawings = figures.build(records, report, artifacts)
     _remove_stale(out)
     tables.write(all_tables, out / "tables")
     figures.write(drawings, out / "figures")
     write_json(out / "claims.json", [claim.as_json() for claim in judged])
-    context = _context(records, report, judged, untested, all_tables)
+    context = _context(records, judged, untested, all_tables, more)
     inline = {drawing.name: _data_uri(drawing, out / "figures") for drawing in drawings}
     captions = {drawing.name: drawing.caption for drawing in drawings}
     html = _environment(html=True).get_template("report.html.j2")
@@ -115,26 +127,28 @@ def _data_uri(drawing: Drawing, folder: Path) -> str:
 
 def _context(
     records: Records,
-    report: Report,
     judged: list[Claim],
     untested: dict[str, str],
     all_tables: Sequence[Table],
+    experiments: Sequence[Experiment],
 ) -> dict[str, Any]:
     """Everything that a template may print."""
-    study = records.study
+    study, report = records.study, records.study.report
+    assert report is not None  # see `build`
+    headings = EXPERIMENTS | {experiment.name: experiment.heading for experiment in experiments}
+    texts = claims.CLAIMS | {contrast.id: contrast.claim for contrast in CONTRASTS}
     by_name = {table.name: table for table in all_tables}
     return {
         "study": study,
         "report": report,
-        "sections": SECTIONS,
+        "sections": _sections(experiments),
         "tables": by_name,
-        "claims": [_claim_row(claim) for claim in judged],
+        "claims": [_claim_row(claim, headings) for claim in judged],
         "untested": [
-            {"experiment": EXPERIMENTS[name.split("/")[0]], "claim": claims.CLAIMS[name], "reason": reason}
+            {"experiment": headings[name.split("/")[0]], "claim": texts[name], "reason": reason}
             for name, reason in untested.items()
         ],
-        "rules": [claim for claim in claims.RULES if claim not in untested],
-        "rule_texts": claims.RULES,
+        "rules": {claim.id: claim.rule for claim in judged},
         "unbounded": _unbounded(records, report),
         "published_on": tables.PUBLISHED_ON,
         "level": tables.level(records),
@@ -178,11 +192,21 @@ def _how(study: Study, name: str) -> str:
     return f" ({', '.join(parts)})" if parts else ""
 
 
-def _claim_row(claim: Claim) -> dict[str, str]:
+def _sections(experiments: Sequence[Experiment]) -> list[Section]:
+    """The sections, with one for each experiment behind those of the main comparison."""
+    at = next(index for index, (anchor, *_) in enumerate(SECTIONS) if anchor == "metrics")
+    more = [
+        (experiment.name.replace("_", "-"), experiment.heading, (), (f"experiment_{experiment.name}",))
+        for experiment in experiments
+    ]
+    return [*SECTIONS[:at], *more, *SECTIONS[at:]]
+
+
+def _claim_row(claim: Claim, headings: Mapping[str, str]) -> dict[str, str]:
     unit = "% of the gap" if claim.id == "main/copy" else "points"
     return {
         "id": claim.id,
-        "experiment": EXPERIMENTS[claim.experiment],
+        "experiment": headings[claim.experiment] + (", exploratory" if claim.exploratory else ""),
         "claim": claim.claim,
         "published": claim.published,
         "measured": f"{tables.per_cent(claim.effect)} {unit}",

@@ -142,20 +142,20 @@ def load(study: Study, metrics: Path) -> Records:
 
 def _probe(folder: Path, teacher: str) -> dict[str, Any]:
     stage = f"probe@{teacher}"
-    _run(folder, stage)
+    read_run(folder, stage)
     found = read_json(folder / "metrics.json", made_by=stage)
     for key in ("knn_accuracy", "logistic_regression_accuracy", "effective_rank"):
         if not isinstance(value := found.get(key), int | float) or not math.isfinite(value):
-            raise _damaged(folder / "metrics.json", stage, f"has no {key}")
+            raise damaged(folder / "metrics.json", stage, f"has no {key}")
     return found
 
 
 def _train(folder: Path, stage: str) -> tuple[dict[str, Any], dict[str, Any], pd.DataFrame]:
-    run = _run(folder, stage)
+    run = read_run(folder, stage)
     return (
         read_json(folder / "metrics.json", made_by=stage),
         run,
-        _table(folder / "curve.csv", stage, _CURVE, _SOME_CURVES),
+        read_table(folder / "curve.csv", stage, _CURVE, _SOME_CURVES),
     )
 
 
@@ -180,11 +180,11 @@ def _stage_records(study: Study, metrics: Path) -> list[dict[str, Any]]:
             place = stage.joinpath(*instance)
             if (place / run_record.RUN).exists():
                 name = "-".join(instance)
-                found.append(_run(place, f"{stage.name}@{name}" if name else stage.name))
+                found.append(read_run(place, f"{stage.name}@{name}" if name else stage.name))
     return found
 
 
-def _run(folder: Path, stage: str) -> dict[str, Any]:
+def read_run(folder: Path, stage: str) -> dict[str, Any]:
     """run.json, with whole files beside it, and nothing lacking."""
     run = run_record.read(folder, made_by=stage)
     needed = (
@@ -198,11 +198,12 @@ def _run(folder: Path, stage: str) -> dict[str, Any]:
         "peak_memory_mb",
     )
     if missing := [key for key in needed if key not in run]:
-        raise _damaged(folder / run_record.RUN, stage, f"lacks {', '.join(missing)}")
+        raise damaged(folder / run_record.RUN, stage, f"lacks {', '.join(missing)}")
     return run
 
 
-def _table(path: Path, stage: str, columns: list[str], optional: tuple[str, ...] = ()) -> pd.DataFrame:
+def read_table(path: Path, stage: str, columns: list[str], optional: tuple[str, ...] = ()) -> pd.DataFrame:
+    """These columns of a CSV; StudyError names the stage that makes it anew."""
     try:
         frame = pd.read_csv(path)
     except FileNotFoundError as error:
@@ -210,19 +211,20 @@ def _table(path: Path, stage: str, columns: list[str], optional: tuple[str, ...]
             "does not exist", where=str(path), remedy=f"run the stage that writes it: {repro(stage)}"
         ) from error
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise _damaged(path, stage, f"is no table: {error}") from error
+        raise damaged(path, stage, f"is no table: {error}") from error
     if missing := [column for column in columns if column not in frame]:
-        raise _damaged(path, stage, f"lacks the columns {', '.join(missing)}")
+        raise damaged(path, stage, f"lacks the columns {', '.join(missing)}")
     return frame[columns + [column for column in optional if column in frame]]
 
 
-def _damaged(path: Path, stage: str, problem: str) -> StudyError:
+def damaged(path: Path, stage: str, problem: str) -> StudyError:
+    """A record that must be made anew by its stage."""
     return StudyError(problem, where=str(path), remedy=f"make it anew: {repro(stage, again=True)}")
 
 
 def _scores(study: Study, path: Path) -> pd.DataFrame:
     keys = ["run", "seed", "set", "shift", "severity"]
-    frame = _table(path, "evaluate", _SCORES)
+    frame = read_table(path, "evaluate", _SCORES)
     frame = frame.assign(shift=frame["shift"].astype(object).fillna("")).set_index(keys).sort_index()
     conditions: list[tuple[str, str, int]] = [
         (s, "", 0) for s in ("validation", "test") if _predicts(study, s)
@@ -237,14 +239,14 @@ def _scores(study: Study, path: Path) -> pd.DataFrame:
     known = set(frame.index)
     for row in wanted:
         if row not in known:
-            raise _damaged(path, "evaluate", f"has no row for {_describe(keys, row)}")
+            raise damaged(path, "evaluate", f"has no row for {_describe(keys, row)}")
     if frame.index.has_duplicates:
         twice = frame.index[frame.index.duplicated()][0]
-        raise _damaged(path, "evaluate", f"has two rows for {_describe(keys, twice)}")
+        raise damaged(path, "evaluate", f"has two rows for {_describe(keys, twice)}")
     frame = frame.loc[wanted]
     if not np.isfinite(frame["accuracy"].to_numpy(float)).all():
         row = frame.index[~np.isfinite(frame["accuracy"].to_numpy(float))][0]
-        raise _damaged(path, "evaluate", f"has no accuracy for {_describe(keys, row)}")
+        raise damaged(path, "evaluate", f"has no accuracy for {_describe(keys, row)}")
     return frame
 
 
@@ -259,19 +261,19 @@ def _describe(keys: list[str], row: tuple[Any, ...]) -> str:
 def _ood(study: Study, path: Path) -> pd.DataFrame:
     if not _predicts(study, "digits"):
         return pd.DataFrame(columns=_OOD)
-    frame = _table(path, "evaluate", _OOD)
+    frame = read_table(path, "evaluate", _OOD)
     frame = frame[[pair in study.grid for pair in zip(frame["run"], frame["seed"], strict=True)]]
     known = set(zip(frame["run"], frame["seed"], strict=True))
     for run, seed in study.grid:
         if (run, seed) not in known:
-            raise _damaged(path, "evaluate", f"has no row for run {run}, seed {seed}")
+            raise damaged(path, "evaluate", f"has no row for run {run}, seed {seed}")
     return frame
 
 
 def _ensembles(study: Study, path: Path) -> pd.DataFrame:
     if not study.ensembles:
         return pd.DataFrame(columns=_ENSEMBLES)
-    frame = _table(path, "evaluate", _ENSEMBLES)
+    frame = read_table(path, "evaluate", _ENSEMBLES)
     kept = []
     for name, ensemble in study.ensembles.items():
         rows = frame[
@@ -284,7 +286,7 @@ def _ensembles(study: Study, path: Path) -> pd.DataFrame:
         ]
         if rows.empty:
             pair = " and ".join(ensemble.members)
-            raise _damaged(path, "evaluate", f"has no row for ensemble {name} of {pair} on the test set")
+            raise damaged(path, "evaluate", f"has no row for ensemble {name} of {pair} on the test set")
         kept.append(_each_pair_once(rows))
     return pd.concat(kept, ignore_index=True)
 
@@ -301,17 +303,17 @@ def _each_pair_once(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _similarity(study: Study, path: Path) -> pd.DataFrame:
-    frame = _table(path, "similarity", _SIMILARITY)
+    frame = read_table(path, "similarity", _SIMILARITY)
     frame = frame[[pair in study.grid for pair in zip(frame["run"], frame["seed"], strict=True)]]
     known = set(zip(frame["run"], frame["seed"], strict=True))
     for run, seed in study.grid if _predicts(study, "test") else ():
         if (run, seed) not in known:
-            raise _damaged(path, "similarity", f"has no row for run {run}, seed {seed}")
+            raise damaged(path, "similarity", f"has no row for run {run}, seed {seed}")
     return frame.reset_index(drop=True)
 
 
 def _comparisons(study: Study, path: Path) -> pd.DataFrame:
-    frame = _table(path, "evaluate", _COMPARISONS)
+    frame = read_table(path, "evaluate", _COMPARISONS)
     frame = frame.assign(shift=frame["shift"].astype(object).fillna(""))
     gone = set(SHIFTS) - set(study.evaluation.shifts)
     return frame[

@@ -51,7 +51,7 @@ def main_table(records: Records, report: Report) -> Table:
     for run in records.study.runs:
         accuracy, gap = test_accuracy(records, run), run_gap(records, report, run)
         rows.append(
-            {"run": run, "seeds": accuracy.n} | _spread("accuracy", accuracy) | _spread("gap_recovered", gap)
+            {"run": run, "seeds": accuracy.n} | spread("accuracy", accuracy) | spread("gap_recovered", gap)
         )
         part = part_of.get(run, "")
         shown.append(
@@ -109,8 +109,8 @@ def ensembles_table(records: Records, report: Report) -> Table:
         consistency = _over_seeds(records, pairs["error_consistency"])
         row: dict[str, Any] = {"ensemble": name, "first": first, "second": second, "pairs": len(pairs)}
         for column, interval in over.items():
-            row |= _spread(column, interval)
-        rows.append(row | _spread("error_consistency", consistency))
+            row |= spread(column, interval)
+        rows.append(row | spread("error_consistency", consistency))
         published = {first, second} == {report.finetune, report.distilled}
         shown.append(
             {
@@ -183,7 +183,7 @@ def similarity_table(records: Records, report: Report) -> Table:
         over["last_cka"] = _over_seeds(records, last["cka"])
         row: dict[str, Any] = {"run": run, "reference": reference, "seeds": len(means)}
         for column, interval in over.items():
-            row |= _spread(column, interval)
+            row |= spread(column, interval)
         rows.append(row)
         shown.append(
             {
@@ -220,8 +220,8 @@ def shifts_table(records: Records, report: Report) -> Table:
             relative = drop.mean / usual if usual > 0 else math.nan
             row: dict[str, Any] = {"run": run, "shift": shift, "seeds": drop.n}
             for measure, interval in measures.items():
-                row |= _spread(measure, interval)
-            rows.append(row | _spread("drop", drop) | {"drop_relative_to_finetune": relative})
+                row |= spread(measure, interval)
+            rows.append(row | spread("drop", drop) | {"drop_relative_to_finetune": relative})
             shown.append(
                 {"run": run, "shift": shift, "seeds": str(drop.n)}
                 | {LABELS[m]: _measure(m, interval) for m, interval in measures.items()}
@@ -259,7 +259,7 @@ def metrics_table(records: Records) -> Table:
         measures = {measure: _over_seeds(records, records.values(measure, run)) for measure in MEASURES}
         row: dict[str, Any] = {"run": run, "seeds": len(records.study.seeds)}
         for measure, interval in measures.items():
-            row |= _spread(measure, interval)
+            row |= spread(measure, interval)
         rows.append(row)
         shown.append(
             {"run": run, "seeds": str(len(records.study.seeds))}
@@ -283,7 +283,7 @@ def training_table(records: Records) -> Table:
         accuracy = _over_seeds(records, seeds["validation_accuracy"])
         row = {"run": run, "seeds": len(seeds)}
         row |= {key: int(first[key]) for key in ("parameters", "epochs", "steps")}
-        rows.append(row | _spread("train_loss", loss) | _spread("validation_accuracy", accuracy))
+        rows.append(row | spread("train_loss", loss) | spread("validation_accuracy", accuracy))
         shown.append(
             {key: str(value) if key == "run" else f"{value:,}" for key, value in row.items()}
             | {"training loss": plain(loss), "validation accuracy, %": per_cent(accuracy)}
@@ -301,7 +301,7 @@ def ood_table(records: Records) -> Table:
             seeds = group[group.run == run]
             auroc, fpr = (_over_seeds(records, seeds[measure]) for measure in ("auroc", "fpr95"))
             row = {"run": run, "set": image_set, "score": score, "seeds": len(seeds)}
-            rows.append(row | _spread("auroc", auroc) | _spread("fpr95", fpr))
+            rows.append(row | spread("auroc", auroc) | spread("fpr95", fpr))
             shown.append(
                 {key: str(value) for key, value in row.items()}
                 | {"AUROC, %": per_cent(auroc), "FPR at 95 % TPR, %": per_cent(fpr)}
@@ -484,7 +484,7 @@ def _over_seeds(records: Records, values: Any) -> Interval:
     return mean_interval(values, records.study.evaluation.confidence)
 
 
-def _spread(name: str, interval: Interval) -> dict[str, float]:
+def spread(name: str, interval: Interval) -> dict[str, float]:
     """Three columns; NaN, and so an empty cell, in place of a bound that is not finite."""
     bounds = {"mean": interval.mean, "low": interval.low, "high": interval.high}
     return {f"{name}_{key}": value if math.isfinite(value) else math.nan for key, value in bounds.items()}

@@ -1,0 +1,321 @@
+"""Claims of the experiments beyond the main comparison: each a weighted sum of accuracies, and a rule.
+
+They were written before the runs that they judge. An effect is one value per seed, of the seeds that all of its runs
+have: a sum of test accuracies whose weights add up to 0. All of these claims are exploratory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from attention_transfer.evaluation.statistics import Interval, equivalent, mean_interval
+
+Verdict = Literal["supported", "contradicted", "not resolved"]
+Rule = Literal["above", "below", "not below", "equal"]
+Accuracies = Callable[[str], Mapping[int, float]]
+"""Of a run, test accuracy by seed; empty for a run that the study does not have."""
+
+RULES: dict[Rule, str] = {
+    "above": "supported if its interval lies above 0, contradicted if it lies below 0, not resolved otherwise",
+    "below": "supported if its interval lies below 0, contradicted if it lies above 0, not resolved otherwise",
+    "not below": (
+        "supported if its interval lies above −margin, contradicted if it lies below −margin, not resolved otherwise"
+    ),
+    "equal": (
+        "supported if two one-sided t tests find it within the margin, contradicted if its interval lies wholly "
+        "below −margin or above +margin, not resolved otherwise"
+    ),
+}
+DEPTH, HEADS = 6, 4  # of presets/full.yaml
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """One claim.
+
+    Attributes:
+        id: experiment of the paper's list, and name.
+        weights: by run.
+        rule: what the effect must be for the claim to be supported.
+    """
+
+    id: str
+    claim: str
+    published: str
+    weights: Mapping[str, float]
+    rule: Rule
+
+    def __post_init__(self) -> None:
+        if abs(sum(self.weights.values())) > 1e-12:
+            raise ValueError(f"{self.id}: weights add up to {sum(self.weights.values())}, not to 0")
+
+    @property
+    def formula(self) -> str:
+        """The effect in words, such as `copy_query − copy`."""
+        terms = [(weight, run) for run, weight in self.weights.items()]
+        text = " ".join(
+            f"{'−' if weight < 0 else '+'} {'' if abs(weight) == 1 else f'{abs(weight):.3g} '}{run}"
+            for weight, run in terms
+        )
+        return text.removeprefix("+ ")
+
+    @property
+    def rule_text(self) -> str:
+        return f"{self.formula}, paired by seed: {RULES[self.rule]}."
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A claim with its effect, in fractions of accuracy, and the seeds that it is over."""
+
+    contrast: Contrast
+    effect: Interval
+    seeds: tuple[int, ...]
+    verdict: Verdict
+
+
+def difference(first: str, second: str) -> dict[str, float]:
+    return {first: 1.0, second: -1.0}
+
+
+def slope(runs: Sequence[str]) -> dict[str, float]:
+    """Least squares slope of accuracy over 1, 2, .. for these runs in order: points of accuracy a step."""
+    steps = np.arange(len(runs)) - (len(runs) - 1) / 2
+    return dict(zip(runs, (steps / (steps**2).sum()).tolist(), strict=True))
+
+
+def mean_of(weights: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of several contrasts."""
+    total: dict[str, float] = {}
+    for each in weights:
+        for run, weight in each.items():
+            total[run] = total.get(run, 0.0) + weight / len(weights)
+    return total
+
+
+def judge(
+    contrasts: Sequence[Contrast], accuracies: Accuracies, *, margin: float, confidence: float
+) -> tuple[list[Judged], dict[str, str]]:
+    """Verdicts, and for each claim that cannot be judged the reason why.
+
+    Args:
+        margin: accuracies closer than this count as equal.
+        confidence: of the intervals.
+    """
+    judged, untested = [], {}
+    for contrast in contrasts:
+        found = {run: accuracies(run) for run in contrast.weights}
+        if missing := [run for run, values in found.items() if not values]:
+            untested[contrast.id] = f"the study has no run {', '.join(missing)}"
+            continue
+        seeds = tuple(sorted(set.intersection(*(set(values) for values in found.values()))))
+        if not seeds:
+            untested[contrast.id] = "its runs have no seed in common"
+            continue
+        effects = np.array(
+            [sum(weight * found[run][seed] for run, weight in contrast.weights.items()) for seed in seeds]
+        )
+        effect = mean_interval(effects, confidence)
+        judged.append(
+            Judged(contrast, effect, seeds, _verdict(contrast.rule, effects, effect, margin, confidence))
+        )
+    return judged, untested
+
+
+def _verdict(rule: Rule, effects: np.ndarray, effect: Interval, margin: float, confidence: float) -> Verdict:
+    if not math.isfinite(effect.low):  # one seed
+        return "not resolved"
+    match rule:
+        case "above":
+            return _above(effect.low, effect.high, 0.0)
+        case "below":
+            return _above(-effect.high, -effect.low, 0.0)
+        case "not below":
+            return _above(effect.low, effect.high, -margin)
+        case "equal":
+            if equivalent(effects, np.zeros_like(effects), margin, confidence).equivalent:
+                return "supported"
+            return "contradicted" if effect.high < -margin or effect.low > margin else "not resolved"
+
+
+def _above(low: float, high: float, threshold: float) -> Verdict:
+    if low > threshold:
+        return "supported"
+    return "contradicted" if high < threshold else "not resolved"
+
+
+def _both(
+    name: str, claim: str, published: str, rule: Rule, make: Callable[[str], dict[str, float]]
+) -> list[Contrast]:
+    """The same claim of copying and of distilling."""
+    of = {"copy": "copied", "distill": "distilled"}
+    return [
+        Contrast(f"{name}_{method}", claim.format(method=word), published, make(method), rule)
+        for method, word in of.items()
+    ]
+
+
+_FAMILIES = ("layer_scale", "registers", "rotary", "relative_bias", "swiglu", "pre_norm", "qk_norm")
+_DIRECTION = "direction only"
+
+CONTRASTS: tuple[Contrast, ...] = (
+    Contrast(
+        "qkv/query",
+        "Copying queries alone is at least as good as copying the whole map.",
+        "direction only: queries alone at least as good",
+        difference("copy_query", "copy"),
+        "not below",
+    ),
+    Contrast(
+        "qkv/value",
+        "Copying values alone is worse than copying the map.",
+        "direction only: values do not help as maps do",
+        difference("copy_value", "copy"),
+        "below",
+    ),
+    *_both(
+        "layers/more",
+        "The more layers are {method}, from the input on, the better.",
+        "direction only: more is better",
+        "above",
+        lambda method: slope([*(f"{method}_first_{n}" for n in range(1, DEPTH)), method]),
+    ),
+    *_both(
+        "layers/near_output",
+        "The last n layers, {method}, help more than the first n.",
+        "direction only: layers near the output matter more",
+        "above",
+        lambda method: mean_of(
+            [difference(f"{method}_last_{n}", f"{method}_first_{n}") for n in range(1, DEPTH)]
+        ),
+    ),
+    *_both(
+        "heads/more",
+        "The more heads of each layer are {method}, the better.",
+        "direction only: better with more heads",
+        "above",
+        lambda method: slope([*(f"{method}_heads_{n}" for n in range(1, HEADS)), method]),
+    ),
+    *_both(
+        "heads/saturates",
+        "Three quarters of the heads, {method}, are as good as all.",
+        "saturates at about 3/4 of the heads",
+        "equal",
+        lambda method: difference(f"{method}_heads_{3 * HEADS // 4}", method),
+    ),
+    *(
+        contrast
+        for over in ("examples", "queries")
+        for contrast in _both(
+            f"averaging/{over}",
+            f"Maps averaged over {over}, {{method}}, keep less than half of the maps' benefit over scratch.",
+            "direction only: averaging destroys most of the benefit",
+            "below",
+            lambda method, over=over: {f"{method}_mean_{over}": 1.0, method: -0.5, "scratch": -0.5},  # type: ignore[misc]
+        )
+    ),
+    Contrast(
+        "feature/residual_stream",
+        "Distilling the residual stream is worse than distilling attention.",
+        "features 81.3 %, attention 85.7 %",
+        difference("distill_features", "distill"),
+        "below",
+    ),
+    Contrast(
+        "feature/predictions",
+        "Distilling a fine-tuned teacher's predictions is worse than distilling attention.",
+        _DIRECTION,
+        difference("distill_logits", "distill"),
+        "below",
+    ),
+    *_both(
+        "teacher_init/teacher_decides",
+        "Whose maps are {method} matters more than whose weights the student starts from.",
+        "direction only: the teacher's maps decide",
+        "above",
+        # Other maps, the student fresh, against other weights, the maps untrained.
+        lambda method: {method: 1.0, f"{method}_untrained_onto_mae": -1.0},
+    ),
+    *_both(
+        "teacher_init/untrained",
+        "The maps of an untrained teacher, {method}, do not beat scratch.",
+        _DIRECTION,
+        "below",
+        lambda method: difference(f"{method}_untrained", "scratch"),
+    ),
+    *(
+        contrast
+        for way in ("moco_v3", "dino", "supervised")
+        for contrast in _both(
+            f"pretraining/{way}",
+            f"The maps of a teacher pre-trained by {way}, {{method}}, beat scratch.",
+            "direction only: transfer works across pre-training methods",
+            "above",
+            lambda method, way=way: difference(f"{method}_{way}", "scratch"),  # type: ignore[misc]
+        )
+    ),
+    *(
+        contrast
+        for data in ("digits", "fractals")
+        for contrast in _both(
+            f"pretraining_data/{data}",
+            f"With a teacher pre-trained on {data}, attention that is {{method}} falls below fine-tuning.",
+            "direction only: transfer drops below fine-tuning where the data differ",
+            "below",
+            lambda method, data=data: difference(f"{method}_mae_{data}", f"finetune_mae_{data}"),  # type: ignore[misc]
+        )
+    ),
+    Contrast(
+        "size/scratch_saturates",
+        "A larger model trained from scratch is no better.",
+        "direction only: scratch saturates with size",
+        difference("scratch", "scratch_large"),
+        "not below",
+    ),
+    *_both(
+        "size/transfer_keeps_up",
+        "At the largest size, attention that is {method} keeps up with fine-tuning.",
+        "direction only: transfer keeps up with fine-tuning",
+        "not below",
+        lambda method: difference(f"{method}_large", "finetune_large"),
+    ),
+    *(
+        contrast
+        for family in _FAMILIES
+        for contrast in _both(
+            f"families/{family}_plain",
+            f"Maps of a teacher with {family}, {{method}} by a plain student, fall below scratch.",
+            "4 of 11 families fall below scratch, 7 do not",
+            "below",
+            lambda method, family=family: difference(f"{method}_{family}_plain", "scratch"),  # type: ignore[misc]
+        )
+    ),
+    *(
+        contrast
+        for family in _FAMILIES
+        for contrast in _both(
+            f"families/{family}_matched",
+            f"Maps of a teacher with {family}, {{method}}: a student that has it too does better than a plain one.",
+            "direction only: matched components reverse the failure",
+            "above",
+            lambda method, family=family: difference(
+                f"{method}_{family}_matched", f"{method}_{family}_plain"
+            ),  # type: ignore[misc]
+        )
+    ),
+    *(
+        Contrast(
+            f"families/{family}_alone",
+            f"Without transfer, {family} does not help training from scratch.",
+            "direction only: components alone do not help",
+            difference("scratch", f"scratch_{family}"),
+            "not below",
+        )
+        for family in _FAMILIES
+    ),
+)

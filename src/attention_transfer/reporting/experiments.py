@@ -1,0 +1,122 @@
+"""The experiments of a study: test accuracies of their runs, beside those of the main comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from attention_transfer.config import Report, Study
+from attention_transfer.evaluation.statistics import Interval, mean_interval
+from attention_transfer.reporting import tables
+from attention_transfer.reporting.contrasts import Accuracies
+from attention_transfer.reporting.records import Records, damaged, read_run, read_table
+from attention_transfer.reporting.tables import Table
+
+HEADINGS = {
+    "qkv": "Queries, keys, values",
+    "layers": "Which layers",
+    "heads": "How many heads",
+    "averaging": "Averaged maps",
+    "feature": "Features and predictions instead of attention",
+    "teacher_init": "Whose maps, whose weights",
+    "pretraining": "Other ways to pre-train",
+    "pretraining_data": "Other images to pre-train on",
+    "size": "Smaller and larger models",
+    "families": "Components of other families",
+}
+"""By experiment; one that is not here is headed by its name."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment's runs.
+
+    Attributes:
+        accuracy: on the test set, by run and seed.
+    """
+
+    name: str
+    study: Study
+    accuracy: dict[str, dict[int, float]]
+
+    @property
+    def heading(self) -> str:
+        return HEADINGS.get(self.name, self.name.replace("_", " "))
+
+
+def load(studies: Mapping[str, Study], metrics: Path) -> list[Experiment]:
+    """Reads what `evaluate` has found of each.
+
+    Args:
+        studies: by name, see `config.experiments`.
+        metrics: folder of the records of the study that they extend.
+
+    Raises:
+        StudyError: a record is missing or damaged, or lacks a run.
+    """
+    return [_load(name, study, metrics / "evaluate" / name) for name, study in studies.items()]
+
+
+def _load(name: str, study: Study, folder: Path) -> Experiment:
+    read_run(folder, "evaluate")
+    frame = read_table(folder / "scores.csv", "evaluate", ["run", "seed", "set", "accuracy"])
+    frame = frame[frame["set"] == "test"].set_index(["run", "seed"])["accuracy"]
+    found: dict[str, dict[int, float]] = {run: {} for run in study.runs}
+    for run, seed in study.grid if "test" in study.evaluation.sets else ():
+        if (run, seed) not in frame.index or not np.isfinite(frame.loc[run, seed]):
+            raise damaged(
+                folder / "scores.csv", "evaluate", f"has no test accuracy of run {run}, seed {seed}"
+            )
+        found[run][seed] = float(frame.loc[run, seed])
+    return Experiment(name, study, found)
+
+
+def accuracies(records: Records, experiments: list[Experiment]) -> Accuracies:
+    """Test accuracy by seed of any run, of the main comparison or of an experiment."""
+    every = {
+        run: dict(zip(records.study.seeds, records.values("accuracy", run).tolist(), strict=True))
+        for run in records.study.runs
+    }
+    for experiment in experiments:
+        every |= experiment.accuracy
+    return lambda run: every.get(run, {})
+
+
+def table(experiment: Experiment, records: Records, report: Report) -> Table:
+    """Each run's accuracy, and its difference from the main comparison's scratch and fine-tuned students."""
+    confidence = records.study.evaluation.confidence
+    of = accuracies(records, [experiment])
+    rows, shown = [], []
+    for run, found in experiment.accuracy.items():
+        if not found:
+            continue
+        values = {"accuracy": list(found.values())}
+        for name in (report.scratch, report.finetune):
+            main = of(name)
+            values[f"minus_{name}"] = [value - main[seed] for seed, value in found.items() if seed in main]
+        over = {
+            name: mean_interval(each, confidence) if each else Interval(np.nan, np.nan, np.nan, 0)
+            for name, each in values.items()
+        }
+        row: dict[str, object] = {"run": run, "seeds": len(found)}
+        for name, interval in over.items():
+            row |= tables.spread(name, interval)
+        rows.append(row)
+        shown.append(
+            {
+                "run": run,
+                "seeds": str(len(found)),
+                "test accuracy, %": tables.per_cent(over["accuracy"]),
+                f"minus {report.scratch}, points": tables.per_cent(over[f"minus_{report.scratch}"]),
+                f"minus {report.finetune}, points": tables.per_cent(over[f"minus_{report.finetune}"]),
+            }
+        )
+    caption = (
+        f"{experiment.heading}: accuracy on the test set, and its difference from the main comparison's "
+        f"{report.scratch} and {report.finetune} on the same seeds: mean and {tables.level(records)} interval."
+    )
+    return Table(f"experiment_{experiment.name}", caption, pd.DataFrame(rows), pd.DataFrame(shown))

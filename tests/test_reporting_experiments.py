@@ -1,0 +1,202 @@
+"""Experiments in the report: contrasts against hand-made numbers, tables, and the page that holds them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import synthetic_records as synthetic
+from scipy import stats
+
+from attention_transfer import config, run_record
+from attention_transfer.config import Study
+from attention_transfer.errors import StudyError
+from attention_transfer.reporting import claims, contrasts, experiments, page
+from attention_transfer.reporting.contrasts import CONTRASTS, Contrast, difference, judge, mean_of, slope
+from attention_transfer.reporting.records import load
+
+FULL = Path(__file__).parents[1] / "presets" / "full.yaml"
+MARGIN = 0.01
+
+
+def judged(contrast: Contrast, values: Mapping[str, Mapping[int, float]]) -> contrasts.Judged:
+    found, untested = judge([contrast], lambda run: values.get(run, {}), margin=MARGIN, confidence=0.95)
+    assert untested == {}
+    return found[0]
+
+
+def of(rule: contrasts.Rule) -> Contrast:
+    return Contrast("x/y", "claim", "published", difference("a", "b"), rule)
+
+
+@pytest.mark.parametrize(
+    ("rule", "effect", "verdict"),
+    [
+        ("above", 0.02, "supported"),
+        ("above", -0.02, "contradicted"),
+        ("above", 0.0005, "not resolved"),
+        ("below", -0.02, "supported"),
+        ("below", 0.02, "contradicted"),
+        ("below", -0.0005, "not resolved"),
+        ("not below", 0.02, "supported"),
+        ("not below", -0.004, "supported"),
+        ("not below", -0.02, "contradicted"),
+        ("not below", -0.0105, "not resolved"),
+        ("equal", 0.004, "supported"),
+        ("equal", -0.004, "supported"),
+        ("equal", 0.02, "contradicted"),
+        ("equal", -0.02, "contradicted"),
+        ("equal", 0.0095, "not resolved"),
+    ],
+)
+def test_a_verdict_follows_its_rule(rule: contrasts.Rule, effect: float, verdict: str) -> None:
+    noise = (-0.001, 0.0, 0.001)
+    a = {seed: 0.8 + effect + noise[seed] for seed in range(3)}
+    found = judged(of(rule), {"a": a, "b": dict.fromkeys(range(3), 0.8)})
+    assert found.verdict == verdict
+    assert found.effect.mean == pytest.approx(effect)
+
+
+def test_the_effect_is_paired_over_the_seeds_that_all_runs_have() -> None:
+    generator = np.random.default_rng(0)
+    values = {run: dict(enumerate(generator.normal(0.8, 0.02, 5))) for run in "ab"}
+    del values["a"][4], values["b"][0]
+    found = judged(of("above"), values)
+    assert found.seeds == (1, 2, 3)
+    differences = [values["a"][seed] - values["b"][seed] for seed in (1, 2, 3)]
+    low, high = stats.t.interval(0.95, 2, np.mean(differences), stats.sem(differences))
+    assert (found.effect.low, found.effect.high) == pytest.approx((low, high))
+
+
+def test_one_seed_resolves_nothing_and_none_is_said() -> None:
+    found = judged(of("above"), {"a": {0: 0.9}, "b": {0: 0.1, 1: 0.2}})
+    assert found.verdict == "not resolved"
+    _, untested = judge(
+        [of("above")], lambda run: {"a": {0: 0.9}, "b": {1: 0.1}}[run], margin=0.01, confidence=0.9
+    )
+    assert untested == {"x/y": "its runs have no seed in common"}
+    _, untested = judge([of("above")], lambda run: {}, margin=0.01, confidence=0.9)
+    assert untested == {"x/y": "the study has no run a, b"}
+
+
+def test_a_slope_is_that_of_least_squares() -> None:
+    generator = np.random.default_rng(1)
+    values = generator.normal(size=6)
+    weights = slope([f"r{n}" for n in range(6)])
+    found = sum(weights[f"r{n}"] * values[n] for n in range(6))
+    assert found == pytest.approx(np.polyfit(np.arange(1, 7), values, 1)[0])
+
+
+def test_a_mean_of_contrasts() -> None:
+    assert mean_of([difference("a", "b"), difference("a", "c")]) == {"a": 1.0, "b": -0.5, "c": -0.5}
+
+
+def test_weights_that_do_not_cancel_are_refused() -> None:
+    with pytest.raises(ValueError, match="not to 0"):
+        Contrast("x/y", "", "", {"a": 1.0, "b": -0.5}, "above")
+
+
+def test_a_formula_names_its_runs() -> None:
+    assert of("above").formula == "a − b"
+    half = Contrast("x/y", "", "", {"a": 1.0, "b": -0.5, "c": -0.5}, "above")
+    assert half.formula == "a − 0.5 b − 0.5 c"
+
+
+def test_every_contrast_is_of_runs_that_the_full_study_has() -> None:
+    study, found = config.load(FULL), config.experiments(FULL)
+    runs = {*study.runs, *(run for experiment in found.values() for run in experiment.runs)}
+    unknown = {run for contrast in CONTRASTS for run in contrast.weights} - runs
+    assert unknown == set()
+    assert len({contrast.id for contrast in CONTRASTS}) == len(CONTRASTS)
+    assert {contrast.id.split("/")[0] for contrast in CONTRASTS} == set(study.experiments)
+    assert set(experiments.HEADINGS) == set(study.experiments)
+
+
+def experiment_of(
+    study: Study, accuracy: Mapping[str, Mapping[int, float]], metrics: Path, name: str
+) -> Study:
+    """Writes the scores of an experiment with these accuracies, and gives its study."""
+    folder = metrics / "evaluate" / name
+    folder.mkdir()
+    rows = [
+        {"run": run, "seed": seed, "set": which, "accuracy": value + (which == "validation")}
+        for run, values in accuracy.items()
+        for seed, value in values.items()
+        for which in ("validation", "test")
+    ]
+    pd.DataFrame(rows).to_csv(folder / "scores.csv", index=False)
+    record = json.loads((metrics / "evaluate" / "run.json").read_text())
+    kept = {key: value for key, value in record.items() if key not in ("digest", "outputs")}
+    run_record.write(folder, kept, [folder / "scores.csv"])
+    runs = {run: study.runs["copy"].model_copy(update={"transfer": "query"}) for run in accuracy}
+    seeds = tuple(next(iter(accuracy.values())))
+    return study.model_copy(
+        update={"name": f"synthetic/{name}", "runs": runs, "seeds": seeds, "report": None}
+    )
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> tuple[Study, Path, Path, dict[str, Study]]:
+    study = synthetic.study()
+    metrics, artifacts = synthetic.write(tmp_path, study)
+    copy = load(study, metrics).values("accuracy", "copy")
+    accuracy = {
+        "copy_query": {seed: float(copy[seed]) - 0.002 * (seed + 1) for seed in (0, 1)},
+        "copy_value": {seed: float(copy[seed]) - 0.05 + 0.001 * seed for seed in (0, 1)},
+    }
+    return study, metrics, artifacts, {"qkv": experiment_of(study, accuracy, metrics, "qkv")}
+
+
+def test_claims_of_an_experiment_beside_the_main_comparison(
+    written: tuple[Study, Path, Path, dict[str, Study]],
+) -> None:
+    study, metrics, _, studies = written
+    assert study.report is not None
+    records, found = load(study, metrics), experiments.load(studies, metrics)
+    made, untested = claims.of_experiments(records, found, study.report)
+    assert untested == {}
+    by_id = {claim.id: claim for claim in made}
+    assert by_id["qkv/query"].effect.mean == pytest.approx(-0.003)
+    assert by_id["qkv/value"].verdict == "supported"
+    assert all(claim.exploratory and claim.effect.n == 2 for claim in made)
+    table = experiments.table(found[0], records, study.report).frame.set_index("run")
+    scratch = records.values("accuracy", "scratch")
+    copy = records.values("accuracy", "copy")
+    expected = np.mean([copy[seed] - 0.002 * (seed + 1) - scratch[seed] for seed in (0, 1)])
+    assert table.loc["copy_query", "minus_scratch_mean"] == pytest.approx(expected)
+
+
+def test_the_page_has_a_section_for_each_experiment(
+    written: tuple[Study, Path, Path, dict[str, Study]], tmp_path: Path
+) -> None:
+    study, metrics, artifacts, studies = written
+    page.build(study, metrics, artifacts, tmp_path / "report", studies)
+    html = (tmp_path / "report" / "report.html").read_text()
+    assert 'id="qkv"' in html
+    assert "Queries, keys, values, exploratory" in html
+    assert "copy_query − copy, paired by seed" in html
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "## Queries, keys, values" in text
+    found: list[dict[str, Any]] = json.loads((tmp_path / "report" / "claims.json").read_text())
+    assert {"qkv/query", "qkv/value", "main/copy"} <= {claim["id"] for claim in found}
+    assert {claim["exploratory"] for claim in found if claim["experiment"] == "qkv"} == {True}
+    assert {claim["exploratory"] for claim in found if claim["experiment"] == "main"} == {False}
+    page.build(study, metrics, artifacts, tmp_path / "report")
+    assert 'id="qkv"' not in (tmp_path / "report" / "report.html").read_text()
+    assert not (tmp_path / "report" / "tables" / "experiment_qkv.csv").exists()
+
+
+def test_a_missing_row_of_an_experiment_is_named(written: tuple[Study, Path, Path, dict[str, Study]]) -> None:
+    _, metrics, _, studies = written
+    more = {"qkv": studies["qkv"].model_copy(update={"seeds": (0, 1, 2)})}
+    with pytest.raises(StudyError, match="has no test accuracy of run copy_query, seed 2"):
+        experiments.load(more, metrics)
+    path = metrics / "evaluate" / "qkv" / "scores.csv"
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(StudyError, match=r"scores\.csv"):
+        experiments.load(studies, metrics)
