@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow  # in order, by one worker: make test deals out wh
 ROOT = Path(__file__).parent.parent
 GRAPH = "studies/smoke/dvc.yaml"
 PRESET = "presets/smoke.yaml"
-METHODS = ("scratch", "finetune", "linear_probe", "copy", "distill")
+METHODS = ("scratch", "finetune", "copy", "distill")
 COLLECTORS = {"evaluate", "similarity", "maps", "report"}
 FAMILIES = {
     "data",
