@@ -96,7 +96,7 @@ def pretrained(
         "steps": history.steps,
         "epochs": teacher.epochs,
     }
-    return model.encoder, history.rows, metrics
+    return pretraining.result(model), history.rows, metrics
 
 
 def images(parts: Parts, teacher: config.Pretrained, *, where: str) -> tuple[int, np.ndarray | None, Render]:

@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from attention_transfer import config, tracking
+from attention_transfer import config, provenance, tracking
 from attention_transfer.errors import StudyError
 from attention_transfer.files import fingerprint, sha256
 from attention_transfer.reporting import page
+
+RULES = [f"src/attention_transfer/reporting/{name}.py" for name in ("claims", "contrasts")]
 
 
 def main(this: Stage) -> None:
@@ -19,7 +21,14 @@ def main(this: Stage) -> None:
         layout.report.mkdir(parents=True, exist_ok=True)
         if study.report is not None:
             experiments = config.experiments(this.params_file)
-            page.build(study, layout.metrics, layout.artifacts, layout.report, experiments)
+            page.build(
+                study,
+                layout.metrics,
+                layout.artifacts,
+                layout.report,
+                experiments=experiments,
+                rules_fixed=provenance.last_change(*map(Path, RULES)),
+            )
             for path in sorted((layout.report / "figures").glob("*.png")):
                 this.tracker.log_artifact(path)
             this.tracker.log_artifact(layout.report / "report.html")

@@ -16,6 +16,7 @@ from attention_transfer.config_teachers import Teacher
 from attention_transfer.data import shifts
 from attention_transfer.errors import StudyError
 from attention_transfer.layout import Layout
+from attention_transfer.models import pretraining
 from attention_transfer.training import machine
 
 LAYOUT = Layout("tiny")
@@ -84,6 +85,15 @@ def test_a_teacher_is_an_encoder_without_its_method(kind: str, folder: Path) -> 
     assert metrics["images"] == 60 - 9  # all but the validation images
     assert metrics["steps"] == 2 * (51 // 8)
     assert 0 < metrics["pretraining_loss"] < 10
+
+
+def test_the_moving_average_of_dino_is_the_teacher_and_of_others_what_was_trained() -> None:
+    parts = tiny_study.make_parts(tiny_study.make_study("scratch"))
+    for kind, own in KINDS.items():
+        params = TypeAdapter(Teacher).validate_python({"kind": kind, **SHARED, **own})
+        model: Any = pretraining.build(params, parts.teacher_arguments("first"), steps=3)
+        expected = model.teacher.encoder if kind == "dino" else model.encoder
+        assert pretraining.result(model) is expected
 
 
 @every_kind

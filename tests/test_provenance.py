@@ -190,3 +190,17 @@ def test_there_is_no_revision_outside_a_repository(tmp_path: Path, monkeypatch: 
 def test_there_is_no_revision_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert provenance.git_state() == {"git_revision": None, "git_dirty": None}
+    assert provenance.last_change(Path("src/a.py")) is None
+
+
+def test_the_commit_that_last_changed_a_file(repository: Callable[..., None]) -> None:
+    first = provenance.git_state()["git_revision"]
+    Path("params.yaml").write_text("2\n")
+    repository("commit", "-am", "second")
+    second = provenance.git_state()["git_revision"]
+    assert provenance.last_change(Path("src/a.py")) == first
+    assert provenance.last_change(Path("src/a.py"), Path("params.yaml")) == second
+    Path("src/a.py").write_text("3\n")  # not what was committed
+    assert provenance.last_change(Path("src/a.py")) is None
+    assert provenance.last_change(Path("params.yaml")) == second
+    assert provenance.last_change(Path("no_such_file")) is None

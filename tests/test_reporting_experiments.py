@@ -175,13 +175,17 @@ def test_the_page_has_a_section_for_each_experiment(
     written: tuple[Study, Path, Path, dict[str, Study]], tmp_path: Path
 ) -> None:
     study, metrics, artifacts, studies = written
-    page.build(study, metrics, artifacts, tmp_path / "report", studies)
+    page.build(
+        study, metrics, artifacts, tmp_path / "report", experiments=studies, rules_fixed="0123456789abcdef"
+    )
     html = (tmp_path / "report" / "report.html").read_text()
     assert 'id="qkv"' in html
     assert "Queries, keys, values, exploratory" in html
     assert "copy_query − copy, paired by seed" in html
+    assert "last changed in commit <code>0123456789ab</code>" in html
     text = (tmp_path / "report" / "report.md").read_text()
     assert "## Queries, keys, values" in text
+    assert "last changed in commit 0123456789ab" in text
     found: list[dict[str, Any]] = json.loads((tmp_path / "report" / "claims.json").read_text())
     assert {"qkv/query", "qkv/value", "main/copy"} <= {claim["id"] for claim in found}
     assert {claim["exploratory"] for claim in found if claim["experiment"] == "qkv"} == {True}

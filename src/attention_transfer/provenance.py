@@ -82,17 +82,8 @@ def code_fingerprint(script: Path) -> str:
 def git_state() -> dict[str, Any]:
     """The revision, and whether tracked files differ from it; None outside a repository."""
 
-    def git(*arguments: str) -> str | None:
-        try:
-            answer = subprocess.run(
-                ["git", *arguments], capture_output=True, text=True, check=True, timeout=30
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return answer.stdout.strip()
-
     # Records and lock files change with every run: only code and params say that a revision is not clean.
-    changed = git(
+    changed = _git(
         "status",
         "--porcelain",
         "--untracked-files=no",
@@ -103,7 +94,26 @@ def git_state() -> dict[str, Any]:
         "presets",
         "dvc.yaml",
     )
-    return {"git_revision": git("rev-parse", "HEAD"), "git_dirty": None if changed is None else bool(changed)}
+    return {
+        "git_revision": _git("rev-parse", "HEAD"),
+        "git_dirty": None if changed is None else bool(changed),
+    }
+
+
+def last_change(*paths: Path) -> str | None:
+    """The commit that last changed one of these files; None outside a repository, or if one differs from it."""
+    names = [str(path) for path in paths]
+    if _git("status", "--porcelain", "--", *names) != "":
+        return None
+    return _git("log", "-1", "--format=%H", "--", *names) or None
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        answer = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()
 
 
 def dvc_stage() -> dict[str, str]:

@@ -20,7 +20,7 @@ class Pretraining(Protocol):
     """A module whose call gives the loss of a batch.
 
     Attributes:
-        encoder: what becomes the teacher.
+        encoder: what is trained.
         views: how many views of each image a call takes.
         labelled: whether the labels come behind the views.
     """
@@ -80,3 +80,10 @@ def build(params: config.Pretrained, arguments: vit.Arguments, *, steps: int) ->
                     encoder, groups=params.groups, label_smoothing=params.label_smoothing
                 )
     raise TypeError(f"{type(params).__name__} is not pre-trained here")
+
+
+def result(model: nn.Module) -> nn.Module:
+    """The encoder that becomes a teacher: the trained one; of DINO its moving average, which the paper evaluates."""
+    chosen = model.teacher if isinstance(model, SelfDistillation) else model
+    encoder: nn.Module = chosen.encoder  # type: ignore[assignment]
+    return encoder

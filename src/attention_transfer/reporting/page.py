@@ -42,7 +42,13 @@ EXPERIMENTS = {"main": "Main comparison", "ensemble": "Ensembles", "shift": "Dis
 
 
 def build(
-    study: Study, metrics: Path, artifacts: Path, out: Path, experiments: Mapping[str, Study] | None = None
+    study: Study,
+    metrics: Path,
+    artifacts: Path,
+    out: Path,
+    *,
+    experiments: Mapping[str, Study] | None = None,
+    rules_fixed: str | None = None,
 ) -> None:
     """Writes the report of a study and of its experiments.
 
@@ -52,6 +58,7 @@ def build(
         out: written are report.html, report.md, claims.json, tables/ and figures/; tables and figures of an
             earlier report that this one does not have are removed.
         experiments: by name, see `config.experiments`.
+        rules_fixed: the commit that last changed the rules of the verdicts; None if that is not known.
 
     Raises:
         StudyError: the study has no report section or does not predict on the test set, or a record is missing
@@ -84,6 +91,7 @@ def build(
     figures.write(drawings, out / "figures")
     write_json(out / "claims.json", [claim.as_json() for claim in judged])
     context = _context(records, judged, untested, all_tables, more)
+    context["rules_fixed"] = rules_fixed
     inline = {drawing.name: _data_uri(drawing, out / "figures") for drawing in drawings}
     captions = {drawing.name: drawing.caption for drawing in drawings}
     html = _environment(html=True).get_template("report.html.j2")
