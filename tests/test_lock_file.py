@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -91,6 +93,8 @@ def test_nothing_is_mended_under_a_dvc_that_works_here(place: str, mended: bool,
     program = repository / "dvc"
     program.write_text("import time\ntime.sleep(60)\n")
     with subprocess.Popen([sys.executable, program, "repro"], cwd=repository / place) as running:
+        while not psutil.Process(running.pid).cmdline():  # empty for a moment after it was started
+            time.sleep(0.01)
         assert bool(lock_file.mend("core")) == mended
         running.kill()
     if not mended:

@@ -287,7 +287,7 @@ def test_first_run_makes_the_report(working_copy: Study) -> None:
     working_copy.ready = True
     grid = [f"{run}-{seed}" for run in METHODS for seed in (0, 1)]
     assert ran == {
-        *("data", "split", "pretrain@mae", "cache@mae", "finetuned", "shifts", *COLLECTORS),
+        *("data", "split", "pretrain@mae", "probe@mae", "cache@mae", "finetuned", "shifts", *COLLECTORS),
         *(f"resolve@{run}" for run in METHODS),
         *(f"{stage}@{instance}" for stage in ("train", "predict") for instance in grid),
     }
