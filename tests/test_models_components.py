@@ -196,6 +196,7 @@ def save_teacher(parts: Parts) -> vit.ViT:
     return teacher
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("matched", [False, True], ids=["plain", "matched"])
 @pytest.mark.parametrize("content", ["queries_and_keys", "maps"])
 @every_set
@@ -233,6 +234,7 @@ def test_cached_and_online_attention_agree_for_every_family(
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("matched", [False, True], ids=["plain", "matched"])
 @pytest.mark.parametrize("name", ["copy", "distill"])
 @every_set

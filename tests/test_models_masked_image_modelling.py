@@ -13,6 +13,8 @@ from torch import Tensor
 from attention_transfer.models.masked_autoencoder import MaskedAutoencoder
 from attention_transfer.models.masked_image_modelling import MaskedImageModelling
 
+pytestmark = pytest.mark.slow  # it trains
+
 KINDS = list(tiny.ENCODERS)
 PATCH, PATCHES = tiny.PATCH, tiny.GRID**2
 

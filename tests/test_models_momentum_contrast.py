@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from attention_transfer.models import momentum_contrast
 from attention_transfer.models.momentum_contrast import MomentumContrast, contrast, normalised_mlp
 
+pytestmark = pytest.mark.slow  # it trains
+
 KINDS = list(tiny.ENCODERS)
 SCHEDULE, STEPS, RATE = 1000, 40, 3e-3
 

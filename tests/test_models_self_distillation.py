@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from attention_transfer.models.projections import pooled
 from attention_transfer.models.self_distillation import PrototypeHead, SelfDistillation
 
+pytestmark = pytest.mark.slow  # it trains
+
 KINDS = list(tiny.ENCODERS)
 PROTOTYPES, SCHEDULE = 32, 1000
 STEPS, RATE = 50, 6e-3  # fast enough for a collapse, where there is one

@@ -19,6 +19,8 @@ from attention_transfer.layout import Layout
 from attention_transfer.models import pretraining
 from attention_transfer.training import machine
 
+pytestmark = pytest.mark.slow  # it trains
+
 LAYOUT = Layout("tiny")
 SHARED: dict[str, Any] = {
     "architecture": tiny_study.ARCHITECTURE, "epochs": 2, "warmup_epochs": 1.0, "batch_size": 8,
