@@ -171,6 +171,7 @@ def test_claims_of_an_experiment_beside_the_main_comparison(
     assert table.loc["copy_query", "minus_scratch_mean"] == pytest.approx(expected)
 
 
+@pytest.mark.slow  # it draws all figures
 def test_the_page_has_a_section_for_each_experiment(
     written: tuple[Study, Path, Path, dict[str, Study]], tmp_path: Path
 ) -> None:
