@@ -23,13 +23,13 @@ def main(this: Stage) -> None:
     parts = Parts(this.study, layout, machine.prepare())
 
     def work() -> dict[str, Any]:
-        labelled = parts.split("labelled")
+        model, labelled = parts.teacher(name), parts.split("labelled")
         validation, _ = parts.evaluated("validation")
         known = (
-            features(parts, name, parts.train.images[labelled]),
+            features(parts, model, parts.train.images[labelled]),
             torch.from_numpy(parts.train.labels[labelled]),
         )
-        asked = features(parts, name, validation.images), torch.from_numpy(validation.labels)
+        asked = features(parts, model, validation.images), torch.from_numpy(validation.labels)
         return {
             "knn_accuracy": representation.knn_accuracy(
                 *known, *asked, k=min(NEIGHBOURS, len(labelled)), temperature=TEMPERATURE
@@ -55,9 +55,8 @@ def main(this: Stage) -> None:
     )
 
 
-def features(parts: Parts, teacher: str, pixels: np.ndarray) -> Tensor:
+def features(parts: Parts, model: Any, pixels: np.ndarray) -> Tensor:
     """Mean of the patch tokens behind the last block, as students pool them: float32 (images, width)."""
-    model: Any = parts.teacher(teacher)
     clean = parts.clean(pixels)
 
     def pooled(rows: np.ndarray) -> Tensor:

@@ -62,9 +62,8 @@ def main(this: Stage) -> None:
     def work() -> dict[str, Any]:
         layers: list[dict[str, Any]] = []
         pairs: list[dict[str, Any]] = []
-        teachers = {
-            run.teacher: of_teacher(parts, run.teacher, count) for run in study.runs.values() if count
-        }
+        names = {run.teacher for run in study.runs.values()} if count else set()
+        teachers = {name: of_teacher(parts, name, count) for name in sorted(names)}
         for seed in tqdm(
             study.seeds if count else (), desc="similarity", unit="seed", mininterval=5, delay=2
         ):

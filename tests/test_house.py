@@ -65,7 +65,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     },
     # Training knows the protocols: no method, no data set, no tracker.
     "training": ("errors", "files", "transfer.method", "transfer.teacher_source"),
-    "evaluation": ("errors", "files"),
+    "evaluation": ("blocks", "errors", "files"),
     "evaluation.metrics": (),
     "evaluation.statistics": (),
     "reporting": ("config", "errors", "files", "run_record", "evaluation.statistics"),

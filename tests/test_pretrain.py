@@ -12,11 +12,11 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 
-from attention_transfer.config_teachers import Teacher
+from attention_transfer.config_teachers import Architecture, Teacher
 from attention_transfer.data import shifts
 from attention_transfer.errors import StudyError
 from attention_transfer.layout import Layout
-from attention_transfer.models import pretraining
+from attention_transfer.models import pretraining, vit
 from attention_transfer.training import machine
 
 pytestmark = pytest.mark.slow  # it trains
@@ -76,7 +76,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 def test_a_teacher_is_an_encoder_without_its_method(kind: str, folder: Path) -> None:
     """It has the weights of an untrained teacher of its seed, moved: no momentum network, no heads."""
     weights, metrics = pretrain(kind)
-    untrained = tiny_study.vit.create(
+    untrained = vit.create(
         tiny_study.make_parts(tiny_study.make_study("scratch")).teacher_arguments("first"), seed=0
     ).state_dict()
     assert weights.keys() == untrained.keys()
@@ -126,7 +126,10 @@ def test_equal_params_give_equal_bits_and_every_value_counts(kind: str, folder: 
 def test_other_architectures_are_pre_trained_too(kind: str, component: str, folder: Path) -> None:
     architecture = {**tiny_study.ARCHITECTURE, "components": (component,)}
     weights, metrics = pretrain(kind, architecture=architecture)
-    assert len(weights) > 0
+    arguments = vit.model_arguments(Architecture(**architecture), image_size=8, channels=1, classes=0)
+    untrained = vit.create(arguments, seed=0).state_dict()
+    assert weights.keys() == untrained.keys()
+    assert not same(weights, untrained)
     assert np.isfinite(metrics["pretraining_loss"])
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
+
+from attention_transfer.blocks import blocks
 
 BLOCK = 2**17  # elements of maps at a time: in float64 a megabyte, which stays in a core's cache
 ROUNDING = 0.01  # of a row's sum: bfloat16 maps, the coarsest in use, are off by less than half of it
@@ -46,7 +46,7 @@ def mean_attention_distance(maps: Tensor, grid: tuple[int, int], patch_size: int
     places = torch.cartesian_prod(*(torch.arange(side, device=maps.device) for side in grid)) * patch_size
     distances = torch.linalg.vector_norm((places[:, None] - places).double(), dim=-1)
     total = torch.zeros(heads, dtype=torch.float64, device=maps.device)
-    for at, line in blocks(examples, patches, heads * keys):
+    for at, line in blocks(examples, patches, heads * keys, BLOCK):
         weights = distributions(maps[at, :, prefix:][:, :, line], "maps")[..., prefix:]
         to_patches = weights.sum(dim=-1)
         if not (to_patches > 0).all():
@@ -71,7 +71,7 @@ def mean_entropy(maps: Tensor) -> Tensor:
     check_maps(maps, "maps")
     examples, heads, queries, keys = maps.shape
     total = torch.zeros(heads, dtype=torch.float64, device=maps.device)
-    for at, line in blocks(examples, queries, heads * keys):
+    for at, line in blocks(examples, queries, heads * keys, BLOCK):
         total += entropy(distributions(maps[at, :, line], "maps")).sum(dim=(0, 2))
     return total / (examples * queries)
 
@@ -80,19 +80,6 @@ def entropy(rows: Tensor) -> Tensor:
     """Entropy in nats of distributions over the last axis, with 0 log 0 = 0: (..)."""
     terms: Tensor = torch.special.entr(rows)
     return terms.sum(dim=-1)
-
-
-def blocks(examples: int, queries: int, row: int) -> Iterator[tuple[slice, slice]]:
-    """Examples, and queries of them, to take at a time: whole examples if one fits, at least one query.
-
-    Args:
-        row: elements of one query of one example: heads * keys.
-    """
-    lines = max(1, min(queries, BLOCK // row))
-    together = max(1, BLOCK // (row * queries))
-    for first in range(0, examples, together):
-        for top in range(0, queries, lines):
-            yield slice(first, first + together), slice(top, top + lines)
 
 
 def check_maps(maps: Tensor, name: str) -> None:

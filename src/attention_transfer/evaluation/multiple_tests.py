@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.special import chdtri, gammaln, nctdtr, ndtri, stdtr
 
-from attention_transfer.evaluation.statistics import Interval, Values, _check_confidence, _paired
+from attention_transfer.evaluation.statistics import Interval, Values, as_pairs, check_confidence
 
 Alternative = Literal["two-sided", "greater", "less"]
 ALTERNATIVES = ("two-sided", "greater", "less")
@@ -94,7 +94,7 @@ def effect_size(first: Values, second: Values, confidence: float) -> EffectSize:
     Raises:
         ValueError: different lengths, no value, a value that is not finite, or a confidence outside (0, 1).
     """
-    _check_confidence(confidence)
+    check_confidence(confidence)
     n, mean, deviation = _moments(first, second)
     if n == 1 or deviation == 0:
         return EffectSize(math.nan, math.nan, math.nan, n, math.nan)
@@ -110,7 +110,7 @@ def effect_size(first: Values, second: Values, confidence: float) -> EffectSize:
 
 def _moments(first: Values, second: Values) -> tuple[int, float, float]:
     """Number, mean and standard deviation of the differences; what is rounding of them is 0."""
-    first, second = _paired(first=first, second=second)
+    first, second = as_pairs(first=first, second=second)
     n = len(first)
     rounding = ROUNDING * max(np.abs(first).max(), np.abs(second).max())
     mean = float((first - second).mean())

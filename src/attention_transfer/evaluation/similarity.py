@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attention_transfer.evaluation.attention_statistics import blocks, check_maps, distributions, entropy
+from attention_transfer.blocks import blocks
+from attention_transfer.evaluation import attention_statistics
+from attention_transfer.evaluation.attention_statistics import check_maps, distributions, entropy
 
 VANISHING = 1e-12  # of a layer's HSIC with itself, for features of norm 1: no more than rounding leaves
 
@@ -103,7 +105,7 @@ def head_divergence(first: Tensor, second: Tensor) -> Tensor:
             f"got shape {tuple(second.shape)}"
         )
     total = torch.zeros(heads, others, dtype=torch.float64, device=first.device)
-    for at, line in blocks(examples, queries, max(heads, others) * keys):
+    for at, line in blocks(examples, queries, max(heads, others) * keys, attention_statistics.BLOCK):
         p, q = distributions(first[at, :, line], "first"), distributions(second[at, :, line], "second")
         p_entropy, q_entropy = entropy(p), entropy(q)
         for head in range(heads):

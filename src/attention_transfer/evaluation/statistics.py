@@ -52,7 +52,7 @@ def mean_interval(values: Values, confidence: float) -> Interval:
     Raises:
         ValueError: no value, a value that is not finite, or a confidence outside (0, 1).
     """
-    [sample] = _paired(values=values)
+    [sample] = as_pairs(values=values)
     mean, error = _mean_and_error(sample)
     half = _quantile(confidence, len(sample)) * error
     return Interval(mean, mean - half, mean + half, len(sample))
@@ -66,7 +66,7 @@ def paired_difference(first: Values, second: Values, confidence: float) -> Paire
     Raises:
         ValueError: different lengths, no value, a value that is not finite, or a confidence outside (0, 1).
     """
-    first, second = _paired(first=first, second=second)
+    first, second = as_pairs(first=first, second=second)
     mean, error = _mean_and_error(first - second)
     half = _quantile(confidence, len(first)) * error
     return PairedDifference(mean, mean - half, mean + half, len(first), error)
@@ -86,7 +86,7 @@ def gap_recovered(method: Values, scratch: Values, finetune: Values, confidence:
     Raises:
         ValueError: different lengths, no value, a value that is not finite, or a confidence outside (0, 1).
     """
-    method, scratch, finetune = _paired(method=method, scratch=scratch, finetune=finetune)
+    method, scratch, finetune = as_pairs(method=method, scratch=scratch, finetune=finetune)
     n = len(method)
     gains = np.stack([method - scratch, finetune - scratch])
     top, bottom = (float(gain) for gain in gains.mean(axis=1))
@@ -144,7 +144,7 @@ def hierarchical_bootstrap(
         raise ValueError(f"second_correct: expected shape {first_correct.shape}, got {second_correct.shape}")
     if resamples < 1:
         raise ValueError(f"resamples: expected at least 1, got {resamples}")
-    _check_confidence(confidence)
+    check_confidence(confidence)
     seeds, examples = first_correct.shape
     difference = first_correct.astype(np.int8) - second_correct.astype(np.int8)
     patterns, sizes = np.unique(difference, axis=1, return_counts=True)
@@ -175,8 +175,8 @@ def equivalent(first: Values, second: Values, margin: float, confidence: float) 
         ValueError: different lengths, no value, a value that is not finite, a margin that is not positive, or
             a confidence outside (0, 1).
     """
-    first, second = _paired(first=first, second=second)
-    _check_confidence(confidence)
+    first, second = as_pairs(first=first, second=second)
+    check_confidence(confidence)
     if not 0 < margin < math.inf:
         raise ValueError(f"margin: expected a positive number, got {margin}")
     mean, error = _mean_and_error(first - second)
@@ -187,7 +187,7 @@ def equivalent(first: Values, second: Values, margin: float, confidence: float) 
     return Equivalence(p_value, p_value < 1 - confidence)
 
 
-def _paired(**samples: Values) -> list[Floats]:
+def as_pairs(**samples: Values) -> list[Floats]:
     """The samples as float64 arrays of one length; ValueError names the one that does not fit."""
     arrays = {name: np.asarray(values, dtype=np.float64) for name, values in samples.items()}
     expected = next(iter(arrays.values())).shape
@@ -209,10 +209,10 @@ def _mean_and_error(sample: Floats) -> tuple[float, float]:
 
 def _quantile(confidence: float, n: int) -> float:
     """Student's t of a two-sided interval from n values (NaN with one value)."""
-    _check_confidence(confidence)
+    check_confidence(confidence)
     return float(stdtrit(n - 1, (1 + confidence) / 2)) if n > 1 else math.nan
 
 
-def _check_confidence(confidence: float) -> None:
+def check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
         raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence}")

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_transfer.models.projections import Encoder, pooled
+from attention_transfer.models.projections import pooled
+from attention_transfer.models.vit import ViT
 
 
 class GroupClassification(nn.Module):
@@ -31,7 +32,7 @@ class GroupClassification(nn.Module):
     labelled: ClassVar[bool] = True
     groups: Tensor  # (classes,) int64
 
-    def __init__(self, encoder: Encoder, *, groups: Sequence[int], label_smoothing: float) -> None:
+    def __init__(self, encoder: ViT, *, groups: Sequence[int], label_smoothing: float) -> None:
         super().__init__()
         count = len(set(groups))
         if count < 2 or set(groups) != set(range(count)):

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attention_transfer.models.projections import Encoder
 from attention_transfer.models.tokens import token_layout
+from attention_transfer.models.vit import ViT
 
 
 class MaskedImageModelling(nn.Module):
@@ -34,7 +34,7 @@ class MaskedImageModelling(nn.Module):
     views: ClassVar[int] = 1
     labelled: ClassVar[bool] = False
 
-    def __init__(self, encoder: Encoder, *, mask_ratio: float) -> None:
+    def __init__(self, encoder: ViT, *, mask_ratio: float) -> None:
         super().__init__()
         if not 0 < mask_ratio < 1:
             raise ValueError(f"mask_ratio: expected a number between 0 and 1, got {mask_ratio}")

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention_transfer.models.momentum_network import MomentumNetwork
-from attention_transfer.models.projections import Encoder, project
+from attention_transfer.models.projections import project
+from attention_transfer.models.vit import ViT
 
 
 class MomentumContrast(nn.Module):
@@ -27,7 +28,7 @@ class MomentumContrast(nn.Module):
         base_momentum: of the momentum network at first, 0.99 in the paper; rises to 1 along half a cosine.
         steps: training steps in all.
         frozen_patches: whether the patch projection keeps its random weights, which makes training stable
-            (section 4.2). Freezes them in the encoder that is given.
+           . Freezes them in the encoder that is given.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -38,7 +39,7 @@ class MomentumContrast(nn.Module):
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: ViT,
         *,
         hidden_width: int,
         projection_width: int,

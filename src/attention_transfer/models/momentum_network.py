@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from attention_transfer.models.projections import Encoder, project
+from attention_transfer.models.projections import project
+from attention_transfer.models.vit import ViT
 
 
 class MomentumNetwork(nn.Module):
@@ -31,7 +32,7 @@ class MomentumNetwork(nn.Module):
 
     step: Tensor  # training steps begun, int64; a buffer, so that a resumed run goes on with the schedule
 
-    def __init__(self, encoder: Encoder, projector: nn.Module, *, base_momentum: float, steps: int) -> None:
+    def __init__(self, encoder: ViT, projector: nn.Module, *, base_momentum: float, steps: int) -> None:
         super().__init__()
         if not 0 <= base_momentum <= 1:
             raise ValueError(f"base_momentum: expected a number in [0, 1], got {base_momentum}")
@@ -53,7 +54,7 @@ class MomentumNetwork(nn.Module):
         return 1 - (1 - self.base_momentum) * remaining
 
     @torch.no_grad()
-    def update(self, encoder: Encoder, projector: nn.Module) -> None:
+    def update(self, encoder: ViT, projector: nn.Module) -> None:
         """Begins a training step: moves towards the online network by the momentum of this step.
 
         To be called before the forward pass, once a step. Step 0 moves nothing: the two are equal.

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import torch
-from timm.models import VisionTransformer
-from timm.models.beit import Beit
-from timm.models.eva import Eva
 from torch import Tensor, nn
 
-Encoder: TypeAlias = VisionTransformer | Eva | Beit
-"""A timm model without classes: plain, with rotary embedding, or with relative position bias."""
+from attention_transfer.models.vit import ViT
 
 
-def pooled(encoder: Encoder, images: Tensor) -> Tensor:
+def pooled(encoder: ViT, images: Tensor) -> Tensor:
     """Pooled and normalised features as a classification head would get them: (batch, width).
 
     Args:
@@ -25,7 +20,7 @@ def pooled(encoder: Encoder, images: Tensor) -> Tensor:
     return features
 
 
-def project(encoder: Encoder, projector: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
+def project(encoder: ViT, projector: nn.Module, views: Sequence[Tensor]) -> list[Tensor]:
     """The projection of each view's pooled features, (batch, projection width) each.
 
     The encoder sees all views as one batch. The projector sees one view at a time, so that batch statistics

@@ -9,17 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attention_transfer.models.momentum_network import MomentumNetwork
-from attention_transfer.models.projections import Encoder, project
+from attention_transfer.models.projections import project
+from attention_transfer.models.vit import ViT
 
 
 class SelfDistillation(nn.Module):
     """A student predicts from one view what its own moving average, the teacher, says of the other view.
 
     Centring keeps one prototype from winning everywhere, sharpening (a teacher temperature below the
-    student's) keeps all from winning equally: either alone collapses (section 5.3).
+    student's) keeps all from winning equally: either alone collapses.
 
-    Unlike the paper: two global views only, no small crops (its ablation of table 7 has this, at a cost of
-    some points); the encoder's mean of patch tokens takes the place of its class token; the teacher's
+    Unlike the paper: two global views only, no small crops; the encoder's mean of patch tokens takes the
+    place of its class token; the teacher's
     temperature is constant, without its first epochs' rise from 0.04 to 0.07; the last layer is trained from
     the first step on, as the rest is. The paper evaluates the teacher: that is `teacher.encoder`. Its last
     step is the student's last but one, because a step begins with the teacher's move.
@@ -42,7 +43,7 @@ class SelfDistillation(nn.Module):
 
     def __init__(
         self,
-        encoder: Encoder,
+        encoder: ViT,
         *,
         hidden_width: int,
         bottleneck_width: int,
