@@ -149,19 +149,26 @@ def _above(low: float, high: float, threshold: float) -> Verdict:
     return "contradicted" if high < threshold else "not resolved"
 
 
-def _both(
-    name: str, claim: str, published: str, rule: Rule, make: Callable[[str], dict[str, float]]
-) -> list[Contrast]:
-    """The same claim of copying and of distilling."""
-    of = {"copy": "copied", "distill": "distilled"}
+def _both(name: str, claim: str, published: str, rule: Rule, weights: Mapping[str, float]) -> list[Contrast]:
+    """The same claim of copying and of distilling.
+
+    Args:
+        claim: with `{word}` for what is done with the maps.
+        weights: by run, with `{method}` in its name.
+    """
     return [
-        Contrast(f"{name}_{method}", claim.format(method=word), published, make(method), rule)
-        for method, word in of.items()
+        Contrast(
+            f"{name}_{method}",
+            claim.replace("{word}", word),
+            published,
+            {run.replace("{method}", method): weight for run, weight in weights.items()},
+            rule,
+        )
+        for method, word in (("copy", "copied"), ("distill", "distilled"))
     ]
 
 
 _FAMILIES = ("layer_scale", "registers", "rotary", "relative_bias", "swiglu", "pre_norm", "qk_norm")
-_DIRECTION = "direction only"
 
 CONTRASTS: tuple[Contrast, ...] = (
     Contrast(
@@ -180,43 +187,41 @@ CONTRASTS: tuple[Contrast, ...] = (
     ),
     *_both(
         "layers/more",
-        "The more layers are {method}, from the input on, the better.",
+        "The more layers are {word}, from the input on, the better.",
         "direction only: more is better",
         "above",
-        lambda method: slope([*(f"{method}_first_{n}" for n in range(1, DEPTH)), method]),
+        slope([*(f"{{method}}_first_{n}" for n in range(1, DEPTH)), "{method}"]),
     ),
     *_both(
         "layers/near_output",
-        "The last n layers, {method}, help more than the first n.",
+        "The last n layers, {word}, help more than the first n.",
         "direction only: layers near the output matter more",
         "above",
-        lambda method: mean_of(
-            [difference(f"{method}_last_{n}", f"{method}_first_{n}") for n in range(1, DEPTH)]
-        ),
+        mean_of([difference(f"{{method}}_last_{n}", f"{{method}}_first_{n}") for n in range(1, DEPTH)]),
     ),
     *_both(
         "heads/more",
-        "The more heads of each layer are {method}, the better.",
+        "The more heads of each layer are {word}, the better.",
         "direction only: better with more heads",
         "above",
-        lambda method: slope([*(f"{method}_heads_{n}" for n in range(1, HEADS)), method]),
+        slope([*(f"{{method}}_heads_{n}" for n in range(1, HEADS)), "{method}"]),
     ),
     *_both(
         "heads/saturates",
-        "Three quarters of the heads, {method}, are as good as all.",
+        "Three quarters of the heads, {word}, are as good as all.",
         "saturates at about 3/4 of the heads",
         "equal",
-        lambda method: difference(f"{method}_heads_{3 * HEADS // 4}", method),
+        difference(f"{{method}}_heads_{3 * HEADS // 4}", "{method}"),
     ),
     *(
         contrast
         for over in ("examples", "queries")
         for contrast in _both(
             f"averaging/{over}",
-            f"Maps averaged over {over}, {{method}}, keep less than half of the maps' benefit over scratch.",
+            f"Maps averaged over {over}, {{word}}, keep less than half of the maps' benefit over scratch.",
             "direction only: averaging destroys most of the benefit",
             "below",
-            lambda method, over=over: {f"{method}_mean_{over}": 1.0, method: -0.5, "scratch": -0.5},  # type: ignore[misc]
+            {f"{{method}}_mean_{over}": 1.0, "{method}": -0.5, "scratch": -0.5},
         )
     ),
     Contrast(
@@ -229,34 +234,34 @@ CONTRASTS: tuple[Contrast, ...] = (
     Contrast(
         "feature/predictions",
         "Distilling a fine-tuned teacher's predictions is worse than distilling attention.",
-        _DIRECTION,
+        "direction only: much worse than distilling attention",
         difference("distill_logits", "distill"),
         "below",
     ),
     *_both(
         "teacher_init/teacher_decides",
-        "Whose maps are {method} matters more than whose weights the student starts from.",
+        "Whose maps are {word} matters more than whose weights the student starts from.",
         "direction only: the teacher's maps decide",
         "above",
         # Other maps, the student fresh, against other weights, the maps untrained.
-        lambda method: {method: 1.0, f"{method}_untrained_onto_mae": -1.0},
+        {"{method}": 1.0, "{method}_untrained_onto_mae": -1.0},
     ),
     *_both(
         "teacher_init/untrained",
-        "The maps of an untrained teacher, {method}, do not beat scratch.",
-        _DIRECTION,
+        "The maps of an untrained teacher, {word}, fall below scratch.",
+        "direction only: the teacher's maps decide",
         "below",
-        lambda method: difference(f"{method}_untrained", "scratch"),
+        difference("{method}_untrained", "scratch"),
     ),
     *(
         contrast
         for way in ("moco_v3", "dino", "supervised")
         for contrast in _both(
             f"pretraining/{way}",
-            f"The maps of a teacher pre-trained by {way}, {{method}}, beat scratch.",
+            f"The maps of a teacher pre-trained by {way}, {{word}}, beat scratch.",
             "direction only: transfer works across pre-training methods",
             "above",
-            lambda method, way=way: difference(f"{method}_{way}", "scratch"),  # type: ignore[misc]
+            difference(f"{{method}}_{way}", "scratch"),
         )
     ),
     *(
@@ -264,10 +269,10 @@ CONTRASTS: tuple[Contrast, ...] = (
         for data in ("digits", "fractals")
         for contrast in _both(
             f"pretraining_data/{data}",
-            f"With a teacher pre-trained on {data}, attention that is {{method}} falls below fine-tuning.",
+            f"With a teacher pre-trained on {data}, attention that is {{word}} falls below fine-tuning.",
             "direction only: transfer drops below fine-tuning where the data differ",
             "below",
-            lambda method, data=data: difference(f"{method}_mae_{data}", f"finetune_mae_{data}"),  # type: ignore[misc]
+            difference(f"{{method}}_mae_{data}", f"finetune_mae_{data}"),
         )
     ),
     Contrast(
@@ -279,20 +284,20 @@ CONTRASTS: tuple[Contrast, ...] = (
     ),
     *_both(
         "size/transfer_keeps_up",
-        "At the largest size, attention that is {method} keeps up with fine-tuning.",
+        "At the largest size, attention that is {word} keeps up with fine-tuning.",
         "direction only: transfer keeps up with fine-tuning",
         "not below",
-        lambda method: difference(f"{method}_large", "finetune_large"),
+        difference("{method}_large", "finetune_large"),
     ),
     *(
         contrast
         for family in _FAMILIES
         for contrast in _both(
             f"families/{family}_plain",
-            f"Maps of a teacher with {family}, {{method}} by a plain student, fall below scratch.",
+            f"Maps of a teacher with {family}, {{word}} by a plain student, fall below scratch.",
             "4 of 11 families fall below scratch, 7 do not",
             "below",
-            lambda method, family=family: difference(f"{method}_{family}_plain", "scratch"),  # type: ignore[misc]
+            difference(f"{{method}}_{family}_plain", "scratch"),
         )
     ),
     *(
@@ -300,12 +305,10 @@ CONTRASTS: tuple[Contrast, ...] = (
         for family in _FAMILIES
         for contrast in _both(
             f"families/{family}_matched",
-            f"Maps of a teacher with {family}, {{method}}: a student that has it too does better than a plain one.",
+            f"Maps of a teacher with {family}, {{word}}: a student that has it too does better than a plain one.",
             "direction only: matched components reverse the failure",
             "above",
-            lambda method, family=family: difference(
-                f"{method}_{family}_matched", f"{method}_{family}_plain"
-            ),  # type: ignore[misc]
+            difference(f"{{method}}_{family}_matched", f"{{method}}_{family}_plain"),
         )
     ),
     *(
