@@ -25,8 +25,9 @@ def table(study: config.Study) -> pd.DataFrame:
         rows.append(
             {
                 "method": run.method,
+                "transfer": run.transfer if run.layers else None,
                 "learning_rate": run.learning_rate,
-                "attention_loss_weight": run.attention_loss.weight if run.attention_loss else None,
+                "weight": _weight(run),
                 "epochs": run.epochs,
                 "seeds": len(accuracies),
                 "validation_accuracy": round(sum(accuracies) / len(accuracies), 6),
@@ -35,9 +36,15 @@ def table(study: config.Study) -> pd.DataFrame:
             }
         )
     frame = pd.DataFrame(rows)
-    best = frame.groupby("method")["validation_accuracy"].transform("idxmax")
+    best = frame.groupby(["method", "transfer"], dropna=False)["validation_accuracy"].transform("idxmax")
     frame["chosen"] = frame.index == best
     return frame
+
+
+def _weight(run: config.Run) -> float | None:
+    """The weight of the run's transfer loss beside the task's, None where it has none."""
+    loss = run.attention_loss or run.feature_loss or run.logit_loss
+    return loss.weight if loss else None
 
 
 def _validation_accuracy(layout: Layout, run: str, seed: int) -> float:
