@@ -75,6 +75,8 @@ ARTIFACTS = (
     Artifact("metrics of a training", f"{METRICS}/train/copy/0/metrics.json", "train@copy-0", "report"),
     Artifact("curve of a training", f"{METRICS}/train/copy/0/curve.csv", "train@copy-0", "report"),
     Artifact("run.json of a training", f"{METRICS}/train/copy/0/run.json", "train@copy-0", "report"),
+    Artifact("metrics of a probe", f"{METRICS}/probe/mae/metrics.json", "probe@mae", "report"),
+    Artifact("table of similarity", f"{METRICS}/similarity/layers.csv", "similarity", "report"),
     Artifact("table of scores", f"{METRICS}/evaluate/scores.csv", "evaluate", "report"),
 )  # fmt: skip
 

@@ -1,8 +1,9 @@
 """docs/reliability.md from docs/reliability.json, and that from the records of kill.py and damage.py.
 
-    python faults/page.py [FOLDER]
+    python faults/page.py [FOLDER [--add]]
 
-FOLDER holds kills.json and damages.json; without it the page is made anew from docs/reliability.json.
+FOLDER holds kills.json and damages.json; without it the page is made anew from docs/reliability.json. With `--add`
+what FOLDER tells of further stages and files joins the record.
 """
 
 from __future__ import annotations
@@ -25,15 +26,31 @@ def collect(folder: Path) -> dict[str, Any]:
     """One record of what the two drivers found."""
     kills = json.loads((folder / "kills.json").read_text())
     asked = ["git", "-C", str(folder / "killed"), "rev-parse", "HEAD"]
-    return {
+    run = {
         "revision": subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip(),
-        "kills": len(kills["kills"]),
         "bit_identical": kills["bit_identical"],
         "files_compared": kills["files"],
         "left_behind": kills["left_behind"],
         "killed": kills["kills"],
-        "damages": json.loads((folder / "damages.json").read_text()),
     }
+    return summary([run], json.loads((folder / "damages.json").read_text()))
+
+
+def summary(runs: list[dict[str, Any]], damages: list[dict[str, Any]]) -> dict[str, Any]:
+    """The record of some runs of the kill driver, and of damages."""
+    return {
+        "kills": sum(len(run["killed"]) for run in runs),
+        "bit_identical": all(run["bit_identical"] for run in runs),
+        "runs": runs,
+        "damages": damages,
+    }
+
+
+def joined(earlier: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    """Both records; of an artifact that both damaged, the later findings."""
+    anew = {damage["artifact"] for damage in later["damages"]}
+    kept = [damage for damage in earlier["damages"] if damage["artifact"] not in anew]
+    return summary(earlier["runs"] + later["runs"], kept + later["damages"])
 
 
 def render(record: dict[str, Any], promises: str) -> str:
@@ -42,7 +59,7 @@ def render(record: dict[str, Any], promises: str) -> str:
 
 
 def _kills(record: dict[str, Any]) -> list[str]:
-    killed = record["killed"]
+    killed = [kill for run in record["runs"] for kill in run["killed"]]
     families = Counter(kill["stage"].partition("@")[0] for kill in killed)
     rows = [
         f"| {family} | {count} | "
@@ -54,15 +71,22 @@ def _kills(record: dict[str, Any]) -> list[str]:
         for family, count in families.items()
     ]
     head = ["stage", "kills", *(value for _, value in COLUMNS)]
-    identical = "all equal to the bit" if record["bit_identical"] else "**not all equal**"
-    left = "; ".join(record["left_behind"]) or "nothing"
     return [
         "## The recorded run: kills",
-        f"Commit {record['revision'][:7]}. {record['kills']} kills; {record['files_compared']} files of results "
-        f"compared with an undisturbed run's: {identical}. Left behind: {left}. A `moment` is drawn from the stage's "
-        "usual time, a `write` is struck while a temporary file exists, a `lock` while DVC writes its lock file.",
+        "\n".join(f"- {_run(run)}" for run in record["runs"]),
+        "A `moment` is drawn from the stage's usual time, a `write` is struck while a temporary file exists, a `lock` "
+        "while DVC writes its lock file.",
         "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *rows]),
     ]
+
+
+def _run(run: dict[str, Any]) -> str:
+    identical = "all equal to the bit" if run["bit_identical"] else "**not all equal**"
+    left = "; ".join(run["left_behind"]) or "nothing"
+    return (
+        f"Commit {run['revision'][:7]}: {len(run['killed'])} kills; {run['files_compared']} files of results compared "
+        f"with an undisturbed run's: {identical}. Left behind: {left}."
+    )
 
 
 COLUMNS = (
@@ -103,9 +127,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, nargs="?")
-    folder = parser.parse_args().folder
-    if folder is not None:
-        write_json(RECORD, collect(folder))
+    parser.add_argument("--add", action="store_true", help="to the record that there is")
+    options = parser.parse_args()
+    if options.folder is not None:
+        found = collect(options.folder)
+        write_json(RECORD, joined(json.loads(RECORD.read_text()), found) if options.add else found)
     write_text(PAGE, render(json.loads(RECORD.read_text()), PROMISES.read_text()))
 
 

@@ -25,7 +25,7 @@ def table(study: config.Study) -> pd.DataFrame:
         rows.append(
             {
                 "method": run.method,
-                "transfer": run.transfer if run.layers else None,
+                "transfer": run.transfer if run.method in ("copy", "distill") else None,
                 "learning_rate": run.learning_rate,
                 "weight": _weight(run),
                 "epochs": run.epochs,
