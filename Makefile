@@ -1,13 +1,13 @@
 # Two commands on a fresh machine: `make study` and `make test`. Each sets everything up by itself.
-# `make study JOBS=2` runs two stages at a time, where they do not wait for each other.
+# Two stages run at a time where neither waits for the other: small models leave cores idle. JOBS=1 for one.
 PYTHON ?= python3
 STUDY ?= core
+JOBS ?= 2
 PORT ?= 5000
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(shell cksum requirements.lock pyproject.toml | cksum | cut -d' ' -f1)
 PARAMS := $(if $(filter core,$(STUDY)),params.yaml,presets/$(STUDY).yaml)
-GRAPH := $(if $(filter core,$(STUDY)),dvc.yaml,studies/$(STUDY)/dvc.yaml)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 
@@ -18,7 +18,7 @@ APT := command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]
 
 study: setup
 	python -m attention_transfer check --params $(PARAMS)
-	$(if $(JOBS),python -m attention_transfer repro --params $(PARAMS) --jobs $(JOBS),dvc repro $(GRAPH))
+	python -m attention_transfer repro --params $(PARAMS) --jobs $(JOBS)
 	python -m attention_transfer show --params $(PARAMS)
 
 # Tests run on two workers with a thread each: two teams of threads on two cores wait for each other.
@@ -57,7 +57,7 @@ $(READY):
 # Chooses each method's learning rate (and attention weight) on the validation split; never reads the test set.
 tune: setup
 	python -m attention_transfer check --params presets/tune.yaml
-	dvc repro studies/tune/dvc.yaml:train
+	python -m attention_transfer repro --params presets/tune.yaml --only train --jobs $(JOBS)
 	python pipeline/choose.py --params presets/tune.yaml
 
 ui: setup

@@ -18,7 +18,7 @@ from attention_transfer.layout import Layout
 
 def table(study: config.Study) -> pd.DataFrame:
     """One row a candidate: its method, what was varied, its mean accuracy, and whether it is chosen."""
-    layout = Layout(study.name)
+    layout = Layout.of(study)
     rows = []
     for name, run in study.runs.items():
         accuracies = [_validation_accuracy(layout, name, seed) for seed in study.seeds]
@@ -61,7 +61,7 @@ def main() -> None:
     try:
         study = config.load(arguments.params)
         choice = table(study)
-        folder = Layout(study.name).report / "tables"
+        folder = Layout.of(study).report / "tables"
         write_text(folder / "choice.csv", choice.to_csv(index=False))
         shown = choice.astype(object).assign(chosen=choice["chosen"].map({True: "yes", False: ""}))
         shown = shown.where(choice.notna(), "")

@@ -1,4 +1,4 @@
-"""Computes every metric from the stored predictions: scores, detection, ensembles, comparisons."""
+"""Computes every metric from the stored predictions: scores, detection, ensembles, comparisons, calibration."""
 
 from attention_transfer.stage import Stage, run_script
 
@@ -9,7 +9,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from attention_transfer.data import shifted
-from attention_transfer.evaluation import ensembles, metrics, ood, predictions, statistics
+from attention_transfer.evaluation import calibration, ensembles, metrics, ood, predictions, statistics
 from attention_transfer.evaluation.predictions import Predictions
 from attention_transfer.files import fingerprint, sha256, write_text
 
@@ -39,6 +39,7 @@ def main(this: Stage) -> None:
             "ood": detection(this, store),
             "ensembles": combinations(this, store),
             "comparisons": comparisons(this, store),
+            "calibration": temperatures(this, store),
         }
         for name, table in tables.items():
             write_text(this.record / f"{name}.csv", table.to_csv(index=False, float_format="%.6f"))
@@ -144,6 +145,32 @@ def combinations(this: Stage, store: Store) -> pd.DataFrame:
                         | found
                     )
     return pd.DataFrame(rows)
+
+
+def temperatures(this: Stage, store: Store) -> pd.DataFrame:
+    """Calibration on the test set before and after temperature scaling, the temperature fitted on validation images.
+
+    A run that has no temperature, being right on all of them or no better than chance, has empty cells.
+    """
+    columns = ["run", "seed", "temperature", "nll", "ece", "nll_scaled", "ece_scaled"]
+    evaluation = this.study.evaluation
+    if not {"validation", "test"} <= set(evaluation.sets):
+        return pd.DataFrame(columns=columns)
+    rows = []
+    for run, seed in this.study.grid:
+        chosen_on, test = store(run, seed, "validation"), store(run, seed, "test")
+        before = metrics.score(test.logits, test.labels, bins=evaluation.calibration_bins)
+        row = {"run": run, "seed": seed, "nll": before["nll"], "ece": before["ece"]}
+        try:
+            temperature = calibration.fit_temperature(chosen_on.logits, chosen_on.labels)
+        except calibration.NoTemperatureError as error:
+            print(f"{run}, seed {seed}: {error}")
+        else:
+            scaled = calibration.rescaled(test.logits, temperature)
+            after = metrics.score(scaled, test.labels, bins=evaluation.calibration_bins)
+            row |= {"temperature": temperature, "nll_scaled": after["nll"], "ece_scaled": after["ece"]}
+        rows.append(row)
+    return pd.DataFrame(rows, columns=columns)
 
 
 def comparisons(this: Stage, store: Store) -> pd.DataFrame:

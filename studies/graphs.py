@@ -3,8 +3,9 @@
     python studies/graphs.py
 
 In dvc.yaml each stage lists the library files that its script imports, directly or not. experiment.yaml is made of
-those stages of dvc.yaml that an experiment has for itself; an experiment's folder holds links to it and to the
-experiment's params, and where.yaml. Run it after imports or stages have changed; a test tells when.
+those stages of dvc.yaml that an experiment has for itself, experiment_with_data.yaml of those of an experiment with
+data of its own; an experiment's folder holds links to one of them and to the experiment's params, and where.yaml.
+Run it after imports or stages have changed; a test tells when.
 """
 
 from __future__ import annotations
@@ -19,17 +20,13 @@ sys.path.insert(0, str(ROOT / "src"))
 from attention_transfer import provenance  # noqa: E402
 
 OF_EXPERIMENTS = ("resolve", "train", "predict", "evaluate", "similarity")
+OF_DATA = ("data", "split", "cache")  # beside those, of an experiment with data of its own
 # DVC reads and writes its lock file anew for every stage: the many stages list a room whole where they use
 # most of it.
 BY_ROOM = ("train", "predict", "finetuned")
-OWN_PARAMS = (
-    "seeds",
-    "runs",
-    "ensembles",
-    "evaluation",
-)  # `evaluation.sets`; what else is below it is the study's
+OWN_PARAMS = ("seeds", "runs", "ensembles")
 HEADER = """# Written by studies/graphs.py from dvc.yaml: the stages that each experiment of a study has for itself.
-# Images, splits, teachers, caches and shifts are the study's.
+# {shared} are the study's.
 vars:
   - where.yaml
 
@@ -68,33 +65,65 @@ def with_code(stage: str, block: str) -> str:
     return block[: found.start(2)] + "\n".join(lines) + "\n" + block[found.end(2) :]
 
 
-def of_experiment(block: str) -> str:
+def of_experiment(block: str, *, own_data: bool) -> str:
     """The stage with its own outputs apart from the study's, and its params in two files."""
+    own = ["resolved", "students", "predictions", *(["data", "splits", "cache"] if own_data else [])]
+    records = ["evaluate", "similarity", *(OF_DATA if own_data else [])]
     for pattern, replacement in (
-        (r"runs/\$\{name\}/(resolved|students|predictions)", r"runs/${where.own}/\1"),
-        (r"metrics/\$\{name\}/(evaluate|similarity)", r"metrics/${where.base}/\1/${where.experiment}"),
+        (rf"runs/\$\{{name\}}/({'|'.join(own)})", r"runs/${where.own}/\1"),
+        (rf"metrics/\$\{{name\}}/({'|'.join(records)})", r"metrics/${where.base}/\1/${where.experiment}"),
         (r"\$\{name\}", "${where.base}"),
+        # What an experiment does not say, it cannot be asked for: where.yaml tells.
+        (r"\$\{data\.folder\}", "${where.folder}"),
+        (r"foreach: \$\{teachers\}", "foreach: ${where.teachers}"),
+        (r"\$\{key\}", "${item}") if "${teachers}" in block else (r"$^", ""),
     ):
         block = re.sub(pattern, replacement, block)
     found = re.search(r"(?m)^( +)- \$\{where\.params\}:\n((?:\1    - .*\n)+)", block)
     assert found
-    lines = found[2].splitlines()
-    own = [line for line in lines if line.split("- ")[1].split(".")[0] in OWN_PARAMS]
-    shared = [line for line in lines if line not in own or line.strip() == "- evaluation"]
-    files = (("params", own), ("shared", shared))
-    params = ["\n".join([f"{found[1]}- ${{where.{file}}}:", *listed]) for file, listed in files if listed]
+    asked = [line.split("- ")[1] for line in found[2].splitlines()]
+    params = [
+        "\n".join([f"{found[1]}- ${{where.{file}}}:", *(f"{found[1]}    - {key}" for key in keys)])
+        for file, keys in _by_file(asked, own_data=own_data).items()
+        if keys
+    ]
     return block[: found.start()] + "\n".join(params) + "\n" + block[found.end() :]
+
+
+def _by_file(asked: list[str], *, own_data: bool) -> dict[str, list[str]]:
+    """The params that a stage depends on: those in the experiment's file, and those in the study's."""
+    own, shared = [], []
+    for key in asked:
+        section = key.partition(".")[0]
+        if section in OWN_PARAMS or key == "evaluation.sets":
+            own.append(key)
+        else:
+            shared.append(key)
+            # Here a part may be the experiment's own: it depends on the section in both files.
+            if key == "evaluation" or (section == "data" and own_data):
+                own.append(section)
+    return {"params": list(dict.fromkeys(own)), "shared": shared}
 
 
 def graphs() -> dict[Path, str]:
     """The text of each graph, as it should be."""
     whole = blocks((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
     whole = {name: with_code(name, block) if name else block for name, block in whole.items()}
-    experiment = HEADER + "".join(of_experiment(whole[name]) for name in OF_EXPERIMENTS)
+    folder = ROOT / "studies"
     return {
         ROOT / "dvc.yaml": "".join(whole.values()),
-        ROOT / "studies" / "experiment.yaml": experiment.rstrip() + "\n",
+        folder / "experiment.yaml": _experiment(whole, own_data=False),
+        folder / "experiment_with_data.yaml": _experiment(whole, own_data=True),
     }
+
+
+def _experiment(whole: dict[str, str], *, own_data: bool) -> str:
+    shared = "Teachers" if own_data else "Images, splits, teachers, caches and shifts"
+    stages = (*OF_DATA, *OF_EXPERIMENTS) if own_data else OF_EXPERIMENTS
+    text = HEADER.format(shared=shared) + "".join(
+        of_experiment(whole[name], own_data=own_data) for name in stages
+    )
+    return text.rstrip() + "\n"
 
 
 if __name__ == "__main__":

@@ -151,6 +151,34 @@ def test_what_experiments_need_stays_as_long_as_the_study_names_them() -> None:
     assert files() == set(NEEDED)
 
 
+def test_what_an_experiment_with_data_of_its_own_needs_stays() -> None:
+    digits = STUDY.model_copy(update={"name": "tiny/digits", "runs": {"copy_digits": STUDY.runs["run"]}})
+    digits._own_data = True
+    assert digits.cached_teachers == ("first",)
+    theirs = {
+        "runs/tiny/experiments/digits/data/train_images.npy",
+        "runs/tiny/experiments/digits/splits/labelled.txt",
+        "runs/tiny/experiments/digits/cache/first/manifest.json",
+        "runs/tiny/experiments/digits/students/copy_digits/0/model.safetensors",
+        "metrics/tiny/data/digits/run.json",
+        "metrics/tiny/split/digits/run.json",
+        "metrics/tiny/cache/digits/first/run.json",
+        ".ckpt/tiny/digits/cache-digits-first-0123456789abcdef/done",
+        ".ckpt/tiny/digits/split-digits-0123456789abcdef/done",
+    }
+    stale = {
+        "runs/tiny/experiments/digits/cache/second/manifest.json",
+        "metrics/tiny/cache/digits/second/run.json",
+        "metrics/tiny/split/gone/run.json",
+    }
+    for name in theirs | stale:
+        put(name)
+    prune.show(STUDY, [digits], delete_too=True)
+    assert files() == {*NEEDED, *theirs}
+    prune.show(STUDY, delete_too=True)
+    assert files() == set(NEEDED)
+
+
 def test_bytes_are_those_of_the_files(capsys: pytest.CaptureFixture[str]) -> None:
     put("runs/tiny/students/gone/0/model.safetensors", 2_000_000)
     put("runs/tiny/students/gone/1/config.json", 500_000)

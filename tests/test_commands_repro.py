@@ -79,7 +79,8 @@ def test_stages_run_side_by_side_and_after_what_they_wait_for(repository: Path) 
     alive = [sum(began < at < ended for began, ended, _ in middle) for at in (m[0] + 1e-3 for m in middle)]
     assert max(alive) == 2
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    assert {threads for _, _, threads in ran.values()} == {str(max(1, cores // 2))}
+    assert {threads for _, _, threads in middle} == {str(max(1, cores // 2))}
+    assert {ran[name][2] for name in ("first", "last")} == {str(cores)}
     assert Path("last").read_text() == "".join(f"sfirstmiddle-{number}" for number in range(WIDE)) + "last"
     locked = [yaml.safe_load(path.read_text())["stages"] for path in (Path("dvc.lock"), Path("end/dvc.lock"))]
     assert [len(stages) for stages in locked] == [1 + WIDE, 1]
@@ -90,6 +91,14 @@ def test_stages_run_side_by_side_and_after_what_they_wait_for(repository: Path) 
     Path("log.jsonl").unlink()
     assert repro(GRAPH, 2) == 0
     assert log() == {}
+
+
+@pytest.mark.slow
+def test_one_family_runs_with_what_it_depends_on_and_no_more(repository: Path) -> None:
+    assert repro(GRAPH, 2, only="middle") == 0
+    assert set(log()) == {"first", *(f"middle-{number}" for number in range(WIDE))}
+    with pytest.raises(StudyError, match=r"has no stage 'train'[\s\S]*first, last, middle"):
+        repro(GRAPH, 2, only="train")
 
 
 @pytest.mark.slow
@@ -152,21 +161,52 @@ def test_what_dvc_cannot_read_is_an_error(repository: Path) -> None:
 
 
 def test_a_batch_leaves_work_for_the_others() -> None:
-    queue = Queue({"a": set(), "b": {"a"}, **{f"c{number}": {"a"} for number in range(40)}, "d": {"c3"}})
-    assert queue.take(2) == ["a"]
+    waiting = {"a": set[str](), **{f"c@{number}": {"a"} for number in range(40)}, "c@last": {"c@3"}}
+    queue = Queue(waiting, jobs=2, cores=2)
+    assert queue.take(0) == ["a"]
     assert queue.take(2) == []
     queue.finish(["a"])
-    first = queue.take(2)
-    assert len(first) == 41 // 4
-    assert queue.take(2)[0] not in first
+    first = queue.take(0)
+    assert len(first) == 40 // 4
+    assert queue.take(1)[0] not in first
     order: list[str] = []
-    while taken := queue.take(2):
+    while taken := queue.take(1):
         order += taken
         queue.finish(taken)
-    assert "d" not in order  # c3 was in the first batch, which is not through
+    assert "c@last" not in order  # c@3 was in the first batch, which is not through
     queue.finish(first)
-    assert queue.take(2) == ["d"]
-    assert (queue.total, queue.waiting) == (43, {})
+    assert queue.take(0) == ["c@last"]
+    assert (queue.total, queue.waiting) == (42, {})
+
+
+def test_a_stage_alone_of_its_kind_has_all_cores_for_itself() -> None:
+    waiting = {
+        "pretrain@mae": set[str](),
+        "train@a-0": set(),
+        "train@a-1": set(),
+        "x:train@b-0": set(),
+        "maps": set(),
+    }
+    queue = Queue(waiting, jobs=2, cores=5)
+    assert queue.threads == {"pretrain": 5, "train": 2, "maps": 5}
+    assert queue.take(0) == ["pretrain@mae"]
+    assert queue.take(5) == []
+    queue.finish(["pretrain@mae"])
+    assert queue.take(2) == ["train@a-0"]  # what needs more cores than are free lets others pass
+    assert queue.take(2) == ["train@a-1"]
+    assert queue.take(4) == []
+    assert queue.take(0) == ["x:train@b-0"]
+    assert queue.take(0) == ["maps"]
+
+
+@pytest.mark.parametrize(("jobs", "cores"), [(4, 2), (1, 8), (3, 3), (2, 1)])
+def test_every_stage_has_its_turn_whatever_the_cores(jobs: int, cores: int) -> None:
+    queue = Queue({f"{kind}@{n}": set() for kind in "ab" for n in range(5)} | {"c": {"a@1"}}, jobs, cores)
+    done = 0
+    while taken := queue.take(0):
+        queue.finish(taken)
+        done += len(taken)
+    assert done == queue.total == 11
 
 
 def test_the_estimate_is_of_the_families_that_were_measured() -> None:

@@ -80,9 +80,7 @@ def test_the_studys_teachers_bind_its_experiments(folder: Path) -> None:
     assert refusal(path).where == str(path)
 
 
-@pytest.mark.parametrize(
-    "key", ["data", "views", "attention", "training", "teachers", "report", "experiments"]
-)
+@pytest.mark.parametrize("key", ["views", "attention", "training", "teachers", "report", "experiments"])
 def test_what_is_the_studys_is_refused_in_an_experiment(key: str, folder: Path) -> None:
     study = yaml.safe_load((folder / "whole.yaml").read_text())
     path = write(folder, experiment(**{key: study[key]}))
@@ -92,6 +90,53 @@ def test_what_is_the_studys_is_refused_in_an_experiment(key: str, folder: Path) 
 def test_a_part_of_the_evaluation_is_refused_in_an_experiment(folder: Path) -> None:
     path = write(folder, experiment(evaluation={"sets": ["test"], "bootstrap": 3}))
     assert "evaluation.bootstrap: is that of" in refusal(path).problem
+
+
+def test_data_of_its_own_are_said_key_by_key(folder: Path) -> None:
+    study = config.load(folder / "whole.yaml")
+    assert not study.own_data
+    assert not config.load(folder / "whole" / "layers.yaml").own_data
+    found = config.load(write(folder, experiment(data={"seed": 7, "labelled": 90})))
+    assert found.own_data
+    assert found.data == study.data.model_copy(update={"seed": 7, "labelled": 90})
+    assert study.cached_teachers == ("mae",)
+
+
+def test_with_data_of_its_own_it_caches_the_teachers_of_its_runs_alone(folder: Path) -> None:
+    study = yaml.safe_load((folder / "whole.yaml").read_text())
+    study["teachers"]["second"] = study["teachers"]["mae"]
+    (folder / "whole.yaml").write_text(yaml.safe_dump(study))
+    path = write(folder, experiment(data={"seed": 7}, runs={"first": {**RUN, "teacher": "second"}}))
+    assert config.load(path).cached_teachers == ("second",)
+    path = write(folder, experiment(runs={"first": {**RUN, "teacher": "second"}}))
+    assert config.load(path).cached_teachers == ("mae", "second")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"data": {"image_size": 14}}, "data.image_size: 14 is not the 28 that the teachers of"),
+        ({"data": {"channels": 3}}, "data.channels: 3 is not the 1 that the teachers of"),
+        ({"data": {"sead": 1}}, "data.sead: unknown key; did you mean 'seed'"),
+        ({"data": None}, "data"),
+        (
+            {"data": {"seed": 1}, "evaluation": {"sets": ["test", "shifts"]}},
+            "evaluation.sets: shifts are made of",
+        ),
+    ],
+)
+def test_data_that_do_not_fit_the_study_are_refused(
+    changes: dict[str, Any], named: str, folder: Path
+) -> None:
+    assert named in refusal(write(folder, experiment(**changes))).problem
+
+
+def test_with_data_of_its_own_it_has_no_teachers_name(folder: Path) -> None:
+    study = yaml.safe_load((folder / "whole.yaml").read_text()) | {"experiments": ["mae"]}
+    (folder / "whole.yaml").write_text(yaml.safe_dump(study))
+    write(folder, experiment(name="whole/mae", data={"seed": 1}), "mae")
+    with pytest.raises(StudyError, match="has a teacher of this name"):
+        config.experiments(folder / "whole.yaml")
 
 
 @pytest.mark.parametrize("key", ["seeds", "runs", "ensembles", "evaluation"])
@@ -174,3 +219,22 @@ def test_outputs_of_experiments_lie_apart_and_shared_files_in_one_place() -> Non
     folders = [layout.predictions("run", 0).parents[1] for layout in (study, layers, heads)]
     assert not any(a != b and b.is_relative_to(a) for a in folders for b in folders)
     assert layers.record("train", "run", 0) == study.record("train", "run", 0)
+
+
+def test_data_of_its_own_lie_apart_with_all_that_is_made_of_them() -> None:
+    study, other, own = Layout("whole"), Layout("whole/layers"), Layout("whole/digits", own_data=True)
+    for shared in ("shifts", "finetuned_teachers", "metrics", "report", "artifacts"):
+        assert getattr(study, shared) == getattr(own, shared)
+    assert own.teacher("mae") == study.teacher("mae")
+    for layout in (study, other):
+        assert (
+            len(
+                {own.images, own.splits, own.cache("mae")}
+                | {layout.images, layout.splits, layout.cache("mae")}
+            )
+            == 6
+        )
+    assert own.record("data") == Path("metrics/whole/data/digits")
+    assert own.record("cache", "mae") == Path("metrics/whole/cache/digits/mae")
+    assert study.record("cache", "mae") == other.record("cache", "mae") == Path("metrics/whole/cache/mae")
+    assert own.record("train", "run", 0) == study.record("train", "run", 0)

@@ -18,12 +18,13 @@ import numpy as np
 import pytest
 import timm.data
 from PIL import Image
+from sklearn.datasets import load_digits
 from torch.utils.data import IterableDataset
 from torchvision import datasets as torchvision_datasets
 
 from attention_transfer import config
 from attention_transfer.config import Data
-from attention_transfer.data import images, sources
+from attention_transfer.data import images, shifts, sources
 from attention_transfer.data.images import ImageSet
 from attention_transfer.errors import StudyError
 from attention_transfer.layout import Layout
@@ -215,6 +216,32 @@ def test_other_sizes_and_channels(contents: dict[str, bytes], tmp_path: Path) ->
     # Half the size with a smoothing filter keeps the mean.
     first, second = (part.images.mean(axis=(1, 2, 3)) for part in (plain, coloured))
     np.testing.assert_allclose(first, second, atol=2)
+
+
+def test_digits_are_split_once_for_all_studies(tmp_path: Path) -> None:
+    names, splits = sources.read(data(tmp_path, source="digits"))
+    assert names == [*"0123456789"]
+    assert {split: len(part) for split, part in splits.items()} == {"train": 1437, "test": 360}
+    again = sources.read(data(tmp_path, source="digits", seed=1))[1]
+    bunch = load_digits()
+    rows = []
+    for split, part in splits.items():
+        assert part.images.shape[1:] == (1, 28, 28)
+        assert np.array_equal(part.images, again[split].images)
+        shares = np.bincount(part.labels) / len(part)
+        np.testing.assert_allclose(shares, np.bincount(bunch.target) / len(bunch.target), atol=2 / 360)
+        rows += [
+            (image.tobytes(), label) for image, label in zip(part.images, part.labels.tolist(), strict=True)
+        ]
+    every, labels = shifts.digits(28, 1)
+    assert sorted(rows) == sorted(
+        (image.tobytes(), label) for image, label in zip(every, labels.tolist(), strict=True)
+    )
+
+
+def test_a_built_in_data_set_has_splits_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="those of digits are called train and test"):
+        data(tmp_path, source="digits", test_split="validation")
 
 
 # Folders of images, through timm

@@ -210,9 +210,11 @@ def test_each_experiment_has_the_graph_of_experiments() -> None:
         experiments = {path.name for path in folder.iterdir() if path.is_dir()}
         assert experiments == set(config.load(preset).experiments)
         for name in experiments:
-            assert (folder / name / "dvc.yaml").is_symlink()
-            assert (folder / name / "dvc.yaml").resolve() == ROOT / "studies" / "experiment.yaml"
             params = f"presets/{preset.stem}/{name}.yaml"
+            experiment = config.load(ROOT / params)
+            graph = "experiment_with_data.yaml" if experiment.own_data else "experiment.yaml"
+            assert (folder / name / "dvc.yaml").is_symlink()
+            assert (folder / name / "dvc.yaml").resolve() == ROOT / "studies" / graph
             assert (folder / name / "params.yaml").resolve() == ROOT / params
             assert yaml.safe_load((folder / name / "where.yaml").read_text(encoding="utf-8"))["where"] == {
                 "root": "../../..",
@@ -221,7 +223,11 @@ def test_each_experiment_has_the_graph_of_experiments() -> None:
                 "base": preset.stem,
                 "own": f"{preset.stem}/experiments/{name}",
                 "experiment": name,
-            }
+            } | (
+                {"folder": experiment.data.folder, "teachers": [*experiment.cached_teachers]}
+                if experiment.own_data
+                else {}
+            )
 
 
 def test_each_study_is_the_same_graph() -> None:

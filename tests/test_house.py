@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # The ground that every room stands on.
     "errors": (),
     "files": ("errors",),
-    "layout": (),
+    "layout": ("config",),
     "params_yaml": ("errors",),
     "config_values": (),
     "config_teachers": ("config_values",),
@@ -68,7 +68,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "evaluation": ("blocks", "errors", "files"),
     "evaluation.metrics": (),
     "evaluation.statistics": (),
-    "reporting": ("config", "errors", "files", "run_record", "evaluation.statistics"),
+    "reporting": (
+        *("config", "errors", "files", "run_record"),
+        # Of evaluation, what needs NumPy and SciPy alone.
+        *(
+            f"evaluation.{name}"
+            for name in ("statistics", "multiple_tests", "power", "robustness", "variance")
+        ),
+    ),
     "tracking": ("errors", "files", "provenance", "run_record"),
     # What puts the rooms together, for the stages.
     "plan": ("config", "errors", "layout", "transfer.cache"),
@@ -131,6 +138,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "measuring",
         "plan",
         "provenance",
+        "reporting",
         "training.machine",
         "transfer.cache",
         "transfer.quantisation",

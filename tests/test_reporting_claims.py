@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import synthetic_records as synthetic
+from scipy.stats import ttest_rel
 from synthetic_records import Numbers
 
 from attention_transfer.config import Study
 from attention_transfer.evaluation.statistics import Interval
 from attention_transfer.reporting import claims
 from attention_transfer.reporting.claims import Claim
+from attention_transfer.reporting.contrasts import Verdict
 from attention_transfer.reporting.records import load
 
 
@@ -99,7 +101,7 @@ def test_a_claim_without_its_ensemble_is_left_out(
 def test_a_study_without_shifts_leaves_the_shift_claim_out(tmp_path: Path) -> None:
     study = synthetic.study(evaluation__sets=("test",))
     judged, left_out = judge(tmp_path, Numbers(), study)
-    assert set(left_out) == {"shift/distill_falls_below"}
+    assert set(left_out) == {"shift/distill_falls_below", "shift/below_at_matched_accuracy"}
     assert "main/copy" in judged
 
 
@@ -126,3 +128,67 @@ def test_numbers_that_are_not_finite_become_null(bound: float) -> None:
 
 def test_every_claim_has_rule_text_and_published_direction() -> None:
     assert set(claims.RULES) == set(claims.CLAIMS) == set(claims.PUBLISHED)
+
+
+def main_claim(name: str, p_value: float, verdict: Verdict = "supported") -> Claim:
+    return Claim(name, "c", "p", "r", Interval(0.1, 0.05, 0.15, 5), verdict, p_value=p_value)
+
+
+def test_a_main_claim_must_survive_holms_correction() -> None:
+    """By hand: of six claims, the smallest p-value is taken times 6, the next times 5."""
+    first, second = claims.corrected(
+        [main_claim("main/copy", 0.004), main_claim("main/distill", 0.011, "contradicted")], 0.05
+    )
+    assert (first.verdict, first.p_adjusted) == ("supported", pytest.approx(0.024))
+    assert (second.verdict, second.p_adjusted) == ("not resolved", pytest.approx(0.055))
+    assert second.note.startswith("contradicted by itself, not after Holm's correction")
+
+
+def test_claims_that_are_not_main_ones_need_no_correction() -> None:
+    (found,) = claims.corrected([main_claim("main/pretraining_helps", 0.049)], 0.05)
+    assert found.verdict == "supported"
+    assert math.isnan(found.p_adjusted)
+
+
+def test_main_claims_are_claims() -> None:
+    others = {"main/pretraining_helps", "shift/below_at_matched_accuracy"}
+    assert set(claims.MAIN) == set(claims.RULES) - others
+
+
+@pytest.mark.parametrize(
+    ("claim", "runs", "alternative"),
+    [
+        ("main/pretraining_helps", ("finetune", "scratch"), "two-sided"),
+        ("shift/distill_falls_below", None, "two-sided"),
+    ],
+)
+def test_p_values_agree_with_the_intervals(
+    claim: str, runs: tuple[str, str] | None, alternative: str, tmp_path: Path
+) -> None:
+    accuracy = {"scratch": (0.80, 0.812, 0.795, 0.8), "finetune": (0.81, 0.82, 0.797, 0.811)}
+    judged, _ = judge(tmp_path, Numbers(accuracy=accuracy), synthetic.study(seeds=(0, 1, 2, 3)))
+    found = judged[claim]
+    assert (found.p_value < 0.05) == (found.effect.low > 0 or found.effect.high < 0)
+    if runs:
+        expected = ttest_rel(accuracy[runs[0]], accuracy[runs[1]], alternative=alternative).pvalue
+        assert found.p_value == pytest.approx(expected)
+
+
+def test_the_p_value_of_copy_is_below_5_percent_where_fiellers_interval_leaves_half_the_gap(
+    tmp_path: Path,
+) -> None:
+    scratch, finetune = (0.80, 0.812, 0.795), (0.86, 0.865, 0.862)
+    for place, copied in enumerate((0.833, 0.8385, 0.8386, 0.839, 0.8395, 0.85)):
+        values = (copied, copied + 0.006, copied - 0.003)
+        accuracy = {"scratch": scratch, "finetune": finetune, "copy": values}
+        judged, _ = judge(tmp_path / str(place), Numbers(accuracy=accuracy))
+        found = judged["main/copy"]
+        assert (found.p_value < 0.05) == (found.effect.low > 0.5 or found.effect.high < 0.5)
+
+
+def test_a_claim_can_be_quoted() -> None:
+    claim = Claim("main/copy", "Copying helps.", "p", "r", Interval(0.5, 0.4, 0.6, 5), "not resolved")
+    assert (
+        claim.sentence
+        == "“Copying helps” is not resolved here: 50.00 [40.00, 60.00] % of the gap over 5 seeds."
+    )

@@ -23,7 +23,7 @@ from attention_transfer.reporting.records import load
 HOSTILE = "<script>alert(1)</script>\"'|&"
 FIGURES = (
     *("main", "learning_curves", "ensembles", "ensemble_matrix"),
-    *("shift_severity", "contact_sheet", "attention_maps"),
+    *("shift_severity", "shift_scatter", "contact_sheet", "attention_maps"),
 )
 
 
@@ -154,8 +154,18 @@ def test_every_table_is_written_twice(report: Path) -> None:
     names = {path.stem for path in (report / "tables").glob("*.csv")}
     assert names == {path.stem for path in (report / "tables").glob("*.md")}
     assert names == {
-        *("main", "metrics", "teachers", "similarity", "ensembles", "shifts", "ood"),
-        *("comparisons", "training", "recipes", "time"),
+        *(
+            "main",
+            "metrics",
+            "calibration",
+            "teachers",
+            "similarity",
+            "ensembles",
+            "shifts",
+            "robustness",
+            "ood",
+        ),
+        *("comparisons", "training", "cost", "recipes", "time"),
     }
 
 
@@ -178,7 +188,7 @@ def test_equal_records_give_equal_bytes_and_a_study_of_few_parts_has_a_page(tmp_
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes(), file
     html = " ".join((tmp_path / "first" / "report.html").read_text().split())
     parse(html)
-    assert html.count("Not tested in this study") == 4
+    assert html.count("Not tested in this study") == 5
     assert "no bounded interval" in html
     assert "Distribution shift</h2>" not in html
 

@@ -28,6 +28,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import safetensors.numpy
 import yaml
 
 pytestmark = pytest.mark.slow  # in order, by one worker: make test deals out whole files
@@ -344,30 +345,7 @@ def test_added_run_and_seed_run_alone(study: Study) -> None:
 
 def test_an_experiment_runs_on_the_studys_data_and_teachers(study: Study) -> None:
     """Its runs alone; the study itself and its other stages stay as they are."""
-    values = yaml.safe_load((study.folder / PRESET).read_text(encoding="utf-8"))
-    folder, preset = study.folder / "studies/smoke/heads", study.folder / "presets/smoke/heads.yaml"
-    folder.mkdir()
-    preset.parent.mkdir()
-    experiment = {
-        "extends": "../smoke.yaml",
-        "name": "smoke/heads",
-        "seeds": [0],
-        "runs": {"copy_a_head": {**values["runs"]["copy"], "heads": [0], "epochs": 2, "warmup_epochs": 1.0}},
-        "ensembles": {},
-        "evaluation": {"sets": ["validation", "test"]},
-    }
-    preset.write_text(yaml.safe_dump(experiment), encoding="utf-8")
-    where = {
-        "root": "../../..",
-        "params": "presets/smoke/heads.yaml",
-        "shared": PRESET,
-        "base": "smoke",
-        "own": "smoke/experiments/heads",
-        "experiment": "heads",
-    }
-    (folder / "where.yaml").write_text(yaml.safe_dump({"where": where}), encoding="utf-8")
-    (folder / "dvc.yaml").symlink_to("../../experiment.yaml")
-    (folder / "params.yaml").symlink_to("../../../presets/smoke/heads.yaml")
+    preset, experiment = add_experiment(study, "heads", {"copy_a_head": {"heads": [0]}})
     graph = "studies/smoke/heads/dvc.yaml"
     runs = {"resolve@copy_a_head", "train@copy_a_head-0", "predict@copy_a_head-0"}
     expected = {*runs, "evaluate", "similarity"}
@@ -390,9 +368,73 @@ def test_an_experiment_runs_on_the_studys_data_and_teachers(study: Study) -> Non
         "evaluate",
         "similarity",
     }
-    records = [study.folder / f"metrics/smoke/{stage}/heads" for stage in ("evaluate", "similarity")]
-    for made in (preset.parent, folder, *records):
-        shutil.rmtree(made)
+    remove_experiments(study)
+
+
+def test_an_experiment_with_data_of_its_own_takes_the_studys_teachers(study: Study) -> None:
+    """Another task, whose labels and images are not the study's."""
+    before = digests(study.folder / "runs/smoke/data")
+    own = {"source": "digits", "labelled": 50, "validation": 250}
+    preset, experiment = add_experiment(study, "digits", {"copy_digits": {}}, data=own)
+    graph = "studies/smoke/digits/dvc.yaml"
+    made = {"data", "split", "cache@mae"}
+    runs = {"resolve@copy_digits", "train@copy_digits-0", "predict@copy_digits-0", "evaluate", "similarity"}
+    assert study.stages_run(graph) == made | runs
+    assert study.stages_run(graph) == set()
+    scores = pd.read_csv(study.folder / "metrics/smoke/evaluate/digits/scores.csv")
+    assert set(scores["examples"]) == {250, 360}
+    predicted = safetensors.numpy.load_file(
+        study.folder / "runs/smoke/experiments/digits/predictions/copy_digits/0/test.safetensors"
+    )
+    assert predicted["logits"].shape == (360, 10)
+    assert digests(study.folder / "runs/smoke/data") == before
+    preset.write_text(yaml.safe_dump(experiment | {"data": own | {"seed": 1}}), encoding="utf-8")
+    assert study.stages_run(graph) == made | runs
+    assert study.stages_run(GRAPH) == {"report"}
+    remove_experiments(study)
+
+
+def add_experiment(
+    study: Study, name: str, runs: dict[str, dict[str, Any]], data: dict[str, Any] | None = None
+) -> tuple[Path, dict[str, Any]]:
+    """Writes the files of an experiment of short runs, copies but for what is given: its params, and where they are."""
+    values = yaml.safe_load((study.folder / PRESET).read_text(encoding="utf-8"))
+    folder, preset = study.folder / "studies/smoke" / name, study.folder / f"presets/smoke/{name}.yaml"
+    folder.mkdir()
+    preset.parent.mkdir(exist_ok=True)
+    short = {**values["runs"]["copy"], "epochs": 2, "warmup_epochs": 1.0}
+    experiment = {
+        "extends": "../smoke.yaml",
+        "name": f"smoke/{name}",
+        "seeds": [0],
+        "runs": {run: short | own for run, own in runs.items()},
+        "ensembles": {},
+        "evaluation": {"sets": ["validation", "test"]},
+        **({"data": data} if data else {}),
+    }
+    preset.write_text(yaml.safe_dump(experiment), encoding="utf-8")
+    where = {
+        "root": "../../..",
+        "params": f"presets/smoke/{name}.yaml",
+        "shared": PRESET,
+        "base": "smoke",
+        "own": f"smoke/experiments/{name}",
+        "experiment": name,
+        **({"folder": values["data"]["folder"], "teachers": ["mae"]} if data else {}),
+    }
+    (folder / "where.yaml").write_text(yaml.safe_dump({"where": where}), encoding="utf-8")
+    (folder / "dvc.yaml").symlink_to(f"../../experiment{'_with_data' if data else ''}.yaml")
+    (folder / "params.yaml").symlink_to(f"../../../presets/smoke/{name}.yaml")
+    return preset, experiment
+
+
+def remove_experiments(study: Study) -> None:
+    """Takes away their files, and the records that the report would look at."""
+    shutil.rmtree(study.folder / "presets/smoke")
+    for folder in [path for path in (study.folder / "studies/smoke").iterdir() if path.is_dir()]:
+        shutil.rmtree(folder)
+        for stage in ("evaluate", "similarity"):
+            shutil.rmtree(study.folder / f"metrics/smoke/{stage}" / folder.name)
 
 
 def test_removed_run_and_seed_leave_no_number_behind(study: Study) -> None:

@@ -23,7 +23,11 @@ def check(arguments: argparse.Namespace) -> None:
         if count := lock_file.mend(each.name):
             print(f"{lock_file.path(each.name)}: put back {count} stages that were cut off")
         lock_file.forget_checkpoints(each.name)
-    plan.check_room(study, Layout(study.name), arguments.params)
+    reserved = plan.check_room(study, Layout.of(study), arguments.params)
+    for name, each in experiments.items():
+        if each.own_data:
+            file = config.experiment_file(arguments.params, name)
+            reserved = plan.check_room(each, Layout.of(each), file, reserved=reserved)
     for name in study.teachers:
         print(f"attention of {name}: {plan.attention_source(study, name)}")
     if note := plan.unread_views(study):
@@ -40,7 +44,7 @@ def show(arguments: argparse.Namespace) -> None:
     from attention_transfer import config
 
     study = config.load(arguments.params)
-    report = Layout(study.name).report
+    report = Layout.of(study).report
     table = report / "tables" / "main.md"
     if not table.exists():
         raise StudyError("has no report yet", where=str(arguments.params), remedy="run: dvc repro")
@@ -54,6 +58,15 @@ def forecast(arguments: argparse.Namespace) -> None:
     from attention_transfer.commands import forecast
 
     forecast.show(config.load(arguments.params), arguments.params, as_json=arguments.json)
+
+
+def detectable(arguments: argparse.Namespace) -> None:
+    """Says which differences the study's seeds can find, from the spread of seeds in a study that has run."""
+    from attention_transfer import config
+    from attention_transfer.commands import detectable
+
+    found = config.experiments(arguments.params)
+    detectable.show(config.load(arguments.params), found, config.load(arguments.pilot))
 
 
 def verify(arguments: argparse.Namespace) -> None:
@@ -78,7 +91,7 @@ def repro(arguments: argparse.Namespace) -> None:
     from attention_transfer.commands import repro
 
     graph = lock_file.path(config.load(arguments.params).name).with_name("dvc.yaml")
-    sys.exit(repro.repro(graph, arguments.jobs))
+    sys.exit(repro.repro(graph, arguments.jobs, arguments.only))
 
 
 def prune(arguments: argparse.Namespace) -> None:
@@ -125,6 +138,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "check": check,
     "show": show,
     "plan": forecast,
+    "detectable": detectable,
     "verify": verify,
     "remake": remake,
     "repro": repro,
@@ -146,11 +160,17 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in COMMANDS.items():
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        if name in ("check", "show", "plan", "verify", "prune", "repro"):
+        if name in ("check", "show", "plan", "detectable", "verify", "prune", "repro"):
             command.add_argument("--params", type=Path, default=Path("params.yaml"))
     commands.choices["plan"].add_argument("--json", action="store_true")
+    commands.choices["detectable"].add_argument(
+        "--pilot", type=Path, default=Path("params.yaml"), help="a study that has run (default: params.yaml)"
+    )
     commands.choices["remake"].add_argument("stage", help="as DVC names it, such as train@copy-0")
     commands.choices["repro"].add_argument("--jobs", type=_jobs, default=1, help="stages at a time")
+    commands.choices["repro"].add_argument(
+        "--only", metavar="STAGE", help="a family of stages, such as train, and what it depends on"
+    )
     commands.choices["prune"].add_argument("--delete", action="store_true")
     commands.choices["ui"].add_argument("--port", type=int, default=5000)
     commands.choices["ui"].add_argument("--host", default="127.0.0.1")

@@ -13,7 +13,7 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
 from attention_transfer import params_yaml
 from attention_transfer.config_teachers import (
@@ -88,13 +88,16 @@ SHIFTS: tuple[str, ...] = get_args(Shift)
 SMALLEST_SHIFTED = 16  # pixels: below that, blurs and noise of these strengths leave no image
 
 
+BUILT_IN = ("fashion-mnist", "digits")  # data sets that need no timm
+
+
 class Data(Section):
     """Which images, and how they are split."""
 
     source: str
-    """`fashion-mnist`, or any name that `timm.data.create_dataset` opens as a map-style data set."""
+    """`fashion-mnist`, `digits`, or any name that `timm.data.create_dataset` opens as a map-style data set."""
     folder: str
-    """Where the files lie; a download goes there too."""
+    """Where the files lie; a download goes there too. Digits, those of scikit-learn, come with it."""
     train_split: str
     """Split from which labelled, validation and pre-training images are drawn."""
     test_split: str
@@ -113,8 +116,8 @@ class Data(Section):
     def _two_splits(self) -> Self:
         if self.train_split == self.test_split:
             raise ValueError(f"test_split: {self.test_split!r} is the training split too")
-        if self.source == "fashion-mnist" and (self.train_split, self.test_split) != ("train", "test"):
-            raise ValueError("train_split, test_split: those of fashion-mnist are called train and test")
+        if self.source in BUILT_IN and (self.train_split, self.test_split) != ("train", "test"):
+            raise ValueError(f"train_split, test_split: those of {self.source} are called train and test")
         return self
 
 
@@ -389,6 +392,18 @@ class Study(Section):
     ensembles: dict[Name, Ensemble]
     report: Report | None
     """None: a study without the main comparison, such as a search for hyper-parameters."""
+    _own_data: bool = PrivateAttr(default=False)
+
+    @property
+    def own_data(self) -> bool:
+        """Whether it is an experiment with other images, or another draw of them, than the study that it extends."""
+        return self._own_data
+
+    @property
+    def cached_teachers(self) -> tuple[str, ...]:
+        """Whose attention is cached: all; for an experiment with data of its own, those of its runs."""
+        used = {run.teacher for run in self.runs.values()}
+        return tuple(name for name in self.teachers if name in used or not self.own_data)
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -566,9 +581,11 @@ def load(path: Path | str) -> Study:
     """
     path = Path(path)
     values = params_yaml.read(path)
-    if extended := EXTENDS in values:
+    extended, own_data = EXTENDS in values, "data" in values
+    if extended:
         values = _extended(path, values)
     study = _checked(path, values)
+    study._own_data = extended and own_data
     if "/" in study.name and not extended:
         raise StudyError(
             f"name: {study.name!r} is an experiment's, which has the key {EXTENDS}",
@@ -576,6 +593,11 @@ def load(path: Path | str) -> Study:
             remedy=f"name the study that it extends under {EXTENDS}, or give a name without a slash",
         )
     return study
+
+
+def experiment_file(path: Path, name: str) -> Path:
+    """Where the experiment of that name stands, of the study at `path`."""
+    return path.with_suffix("") / f"{name}.yaml"
 
 
 def experiments(path: Path | str) -> dict[str, Study]:
@@ -588,13 +610,19 @@ def experiments(path: Path | str) -> dict[str, Study]:
     study, found = load(path), dict[str, Study]()
     owners = dict.fromkeys(study.runs, path)
     for name in study.experiments:
-        file = path.with_suffix("") / f"{name}.yaml"
+        file = experiment_file(path, name)
         found[name] = load(file)
         if found[name].name != f"{study.name}/{name}":
             raise StudyError(
                 f"name: {found[name].name!r} is not {study.name}/{name}, as {path} calls it",
                 where=str(file),
                 remedy="correct the name, or rename the file",
+            )
+        if found[name].own_data and name in study.teachers:
+            raise StudyError(
+                f"name: {path} has a teacher of this name, whose records would lie where this experiment's do",
+                where=str(file),
+                remedy="choose another name for the experiment",
             )
         for run in found[name].runs:
             if run in owners:
@@ -608,12 +636,8 @@ def experiments(path: Path | str) -> dict[str, Study]:
 
 
 EXTENDS = "extends"  # key of an experiment's file: path of the study's, from there
-_OWN = (
-    "name",
-    "seeds",
-    "runs",
-    "ensembles",
-)  # what an experiment says for itself, and which images it predicts
+# What an experiment says for itself, beside which image sets it predicts; `data` too, key by key.
+_OWN = ("name", "seeds", "runs", "ensembles")
 
 
 def _extended(path: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -628,13 +652,13 @@ def _extended(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         )
     _checked(base_path, base)
     own = values.get("evaluation", {})
-    shared = sorted(values.keys() & Study.model_fields.keys() - {*_OWN, "evaluation"})
+    shared = sorted(values.keys() & Study.model_fields.keys() - {*_OWN, "data", "evaluation"})
     shared += sorted(f"evaluation.{key}" for key in own if key != "sets") if isinstance(own, dict) else []
     if shared:
         raise StudyError(
             f"{', '.join(shared)}: is that of {base_path} for all of its experiments",
             where=str(path),
-            remedy=f"remove it here; an experiment has {', '.join(_OWN)} and evaluation.sets",
+            remedy=f"remove it here; an experiment has {', '.join(_OWN)}, data and evaluation.sets",
         )
     if not str(values.get("name")).startswith(f"{base['name']}/"):
         raise StudyError(
@@ -644,8 +668,31 @@ def _extended(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         )
     kept = {key: value for key, value in base.items() if key not in (*_OWN, "experiments")}
     judged = {key: value for key, value in base["evaluation"].items() if key != "sets"}
-    evaluation = {**judged, **own} if isinstance(own, dict) else own
-    return {**kept, **values, "experiments": (), "report": None, "evaluation": evaluation}
+    merged = {**kept, **values, "experiments": (), "report": None}
+    merged["evaluation"] = {**judged, **own} if isinstance(own, dict) else own
+    if isinstance(data := values.get("data"), dict):
+        merged["data"] = {**base["data"], **data}
+        _same_images(path, merged, base_path, base)
+    return merged
+
+
+def _same_images(path: Path, values: dict[str, Any], base_path: Path, base: dict[str, Any]) -> None:
+    """An experiment with data of its own takes the study's teachers, and none of its other images."""
+    for key in ("image_size", "channels"):
+        if values["data"][key] != base["data"][key]:
+            raise StudyError(
+                f"data.{key}: {values['data'][key]!r} is not the {base['data'][key]} that the teachers of {base_path} "
+                "see",
+                where=str(path),
+                remedy="remove it here, or make this a study of its own, with teachers of its own",
+            )
+    sets = values["evaluation"].get("sets", ()) if isinstance(values["evaluation"], dict) else ()
+    if others := [which for which in ("shifts", "digits") if which in sets]:
+        raise StudyError(
+            f"evaluation.sets: {', '.join(others)} are made of the images of {base_path}",
+            where=str(path),
+            remedy="name validation and test alone here, or remove data",
+        )
 
 
 def _checked(path: Path, values: dict[str, Any]) -> Study:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # pydantic takes a third of a second, and not every command needs it
+    from attention_transfer.config import Study
 
 
 @dataclass(frozen=True)
@@ -12,13 +16,19 @@ class Layout:
 
     An experiment, such as `full/layers`, shares images, splits, teachers, caches and shifts with its study, `full`,
     and its records lie among the study's; what its runs make lies apart, so that no stage waits for the runs of
-    another experiment.
+    another experiment. One with data of its own has images, splits and caches of its own as well.
 
     Attributes:
         study: its name in params.yaml.
+        own_data: an experiment's, see `config.Study`.
     """
 
     study: str
+    own_data: bool = False
+
+    @classmethod
+    def of(cls, study: Study) -> Layout:
+        return cls(study.name, study.own_data)
 
     @property
     def base(self) -> str:
@@ -41,6 +51,11 @@ class Layout:
         return self.artifacts / "experiments" / self.experiment if self.experiment else self.artifacts
 
     @property
+    def _with_data(self) -> Path:
+        """Where images lie, and what is made of them alone or of them and a teacher."""
+        return self.own if self.own_data else self.artifacts
+
+    @property
     def metrics(self) -> Path:
         """Small records, kept in git."""
         return Path("metrics") / self.base
@@ -51,11 +66,11 @@ class Layout:
 
     @property
     def images(self) -> Path:
-        return self.artifacts / "data"
+        return self._with_data / "data"
 
     @property
     def splits(self) -> Path:
-        return self.artifacts / "splits"
+        return self._with_data / "splits"
 
     @property
     def shifts(self) -> Path:
@@ -80,7 +95,7 @@ class Layout:
         return self.finetuned_teachers / name
 
     def cache(self, teacher: str) -> Path:
-        return self.artifacts / "cache" / teacher
+        return self._with_data / "cache" / teacher
 
     def cache_manifest(self, teacher: str) -> Path:
         """Fingerprints of all of a teacher's cached sets: what depends on the cache depends on this."""
@@ -99,6 +114,9 @@ class Layout:
     def record(self, stage: str, *instance: str | int) -> Path:
         """Folder of run.json, metrics.json and curve.csv of one stage instance.
 
-        Runs have one name in the whole study; a stage of which a study has one is told apart by the experiment.
+        Runs have one name in the whole study; what else an experiment has for itself is told apart by its name.
         """
-        return self.metrics.joinpath(stage, *map(str, instance or filter(None, [self.experiment])))
+        own = not instance or (stage == "cache" and self.own_data)
+        return self.metrics.joinpath(
+            stage, *filter(None, [self.experiment if own else ""]), *map(str, instance)
+        )

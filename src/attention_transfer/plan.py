@@ -111,15 +111,22 @@ def image_counts(layout: Layout) -> tuple[int, int, bool]:
     return train, test, True
 
 
-def check_room(study: Study, layout: Layout, params_file: Path) -> None:
+def check_room(study: Study, layout: Layout, params_file: Path, *, reserved: int = 0) -> int:
     """Refuses a study whose caches are over the budget or do not fit on the disk.
+
+    Args:
+        reserved: bytes that others will take.
+
+    Returns:
+        bytes that it will take, and the reserved ones.
 
     Raises:
         StudyError: bytes wanted and allowed, and the two ways out.
     """
     layout.artifacts.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(layout.artifacts).free
-    for name in study.teachers:
+    free = room = shutil.disk_usage(layout.artifacts).free
+    free -= reserved
+    for name in study.cached_teachers:
         if attention_source(study, name).source == "online":
             continue
         row = teacher_layout(study, name)
@@ -153,6 +160,7 @@ def check_room(study: Study, layout: Layout, params_file: Path) -> None:
             where=str(params_file),
             remedy="free disk room, or lower evaluation.shift_images",
         )
+    return room - free + wanted
 
 
 def _views_plan(study: Study, teacher: str) -> cache.Plan:

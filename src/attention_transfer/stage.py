@@ -224,7 +224,7 @@ def run_script(name: str, work: Callable[[Stage], None], script: str, **argument
         _known(given, study, path)
         lock_file.keep(study.name)
         lock_file.forget_checkpoints(study.name)
-        work(Stage(name, given, study, path, Path(script), Layout(study.name)))
+        work(Stage(name, given, study, path, Path(script), Layout.of(study)))
     except StudyError as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

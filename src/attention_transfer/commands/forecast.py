@@ -26,7 +26,7 @@ from attention_transfer.training import machine
 
 def show(study: Study, params_file: Path, *, as_json: bool) -> None:
     """Measures, and prints the forecast as tables or as JSON."""
-    layout, device = Layout(study.name), machine.prepare()
+    layout, device = Layout.of(study), machine.prepare()
     print("measuring for about 20 s ..", file=sys.stderr)
     near = layout.artifacts if layout.artifacts.is_dir() else Path()  # on the disk that the caches will be on
     with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}{os.getpid()}-", dir=near) as folder:

@@ -20,6 +20,7 @@ Tree = Mapping[str, Any]
 """By name what lies in a folder: another tree, or None where everything below is needed."""
 
 OF_EXPERIMENTS = ("evaluate", "similarity")  # stages of which a study has one, and each experiment another
+OF_DATA = ("data", "split")  # an experiment with data of its own has another of these as well
 GITIGNORE = ".gitignore"  # DVC's, beside its outputs
 
 
@@ -45,7 +46,7 @@ def show(study: Study, experiments: Sequence[Study] = (), *, delete_too: bool) -
     Args:
         experiments: all that extend the study: their outputs lie among its own.
     """
-    layout = Layout(study.name)
+    layout = Layout.of(study)
     if layout.experiment:
         raise StudyError(
             "an experiment is tidied up together with the study that it extends",
@@ -79,7 +80,8 @@ def _megabytes(stale: Stale) -> str:
 def find(study: Study, layout: Layout, experiments: Sequence[Study] = ()) -> list[Stale]:
     """Everything in the study's own folders that params.yaml does not need; nothing behind a symlink."""
     found = dict.fromkeys(_unnamed(study, layout, experiments), "params.yaml needs it no longer")
-    found |= _other_recipe(study, layout)
+    for each in (study, *(each for each in experiments if each.own_data)):
+        found |= _other_recipe(each, Layout.of(each))
     found |= _checkpoints(study, experiments)
     for root in (layout.artifacts, layout.metrics, layout.report):
         found |= dict.fromkeys(_leftovers(root), "left by a process that was killed")
@@ -131,7 +133,7 @@ def _needed(study: Study, layout: Layout, experiments: Sequence[Study]) -> dict[
     shift_files = [*(f"{name}.npz" for name in shifts), shifted.MANIFEST, shifted.CONTACT_SHEET]
     artifacts: Tree = {
         **_of_runs(study),
-        "experiments": {Layout(each.name).experiment: _of_runs(each) for each in experiments},
+        "experiments": {_name(each): {**_of_runs(each), **_of_data(each)} for each in experiments},
         "teachers": dict.fromkeys(study.teachers),
         "finetuned": dict.fromkeys([*study.finetuned_teachers, "names.json"]),
         "cache": {name: _needed_sets(study, layout, name) for name in study.teachers},
@@ -144,9 +146,23 @@ def _needed(study: Study, layout: Layout, experiments: Sequence[Study]) -> dict[
         "resolve": dict.fromkeys(grid),
         "pretrain": dict.fromkeys(study.teachers),
         "probe": dict.fromkeys(study.teachers),
-        "cache": dict.fromkeys(study.teachers),
+        "cache": dict.fromkeys(study.teachers)
+        | {_name(each): dict.fromkeys(each.cached_teachers) for each in experiments if each.own_data},
     }
     return {layout.artifacts: artifacts, layout.metrics: metrics}
+
+
+def _of_data(experiment: Study) -> Tree:
+    """Large outputs of an experiment with data of its own, beside those of its runs."""
+    if not experiment.own_data:
+        return {}
+    layout = Layout.of(experiment)
+    caches = {name: _needed_sets(experiment, layout, name) for name in experiment.cached_teachers}
+    return {"data": None, "splits": None, "cache": caches}
+
+
+def _name(experiment: Study) -> str:
+    return Layout.of(experiment).experiment
 
 
 def _needed_sets(study: Study, layout: Layout, teacher: str) -> Tree:
@@ -160,10 +176,13 @@ def _unnamed(study: Study, layout: Layout, experiments: Sequence[Study]) -> Iter
         if _own(root):
             for family, tree in families.items():
                 yield from _not_in(root / family, tree)
-    names = {Layout(each.name).experiment for each in experiments}
-    for stage in OF_EXPERIMENTS if _own(layout.metrics) else ():
+    names = {
+        **{stage: {_name(each) for each in experiments} for stage in OF_EXPERIMENTS},
+        **{stage: {_name(each) for each in experiments if each.own_data} for stage in OF_DATA},
+    }
+    for stage, known in names.items() if _own(layout.metrics) else ():
         for path in _below(layout.record(stage)):
-            if path.is_dir() and path.name not in names:  # the study's own tables lie beside them
+            if path.is_dir() and path.name not in known:  # the study's own records lie beside them
                 yield path
 
 
@@ -179,7 +198,7 @@ def _other_recipe(study: Study, layout: Layout) -> dict[Path, str]:
     """Cached sets whose rows are of another teacher, other images or other views than the present ones."""
     folders = [
         (name, which, layout.cache(name) / which)
-        for name in study.teachers
+        for name in study.cached_teachers
         for which in plan.cached_sets(study, name)
         if _own(layout.artifacts) and (layout.cache(name) / which).is_dir()
     ]
@@ -201,13 +220,15 @@ def _checkpoint_root(study: Study) -> Path:
 def _checkpoints(study: Study, experiments: Sequence[Study]) -> dict[Path, str]:
     """Checkpoints of stages that are there no longer, and older ones beside a newer one of the same stage."""
     root = _checkpoint_root(study)
-    names = [Layout(each.name).experiment for each in experiments]
+    names = [_name(each) for each in experiments]
     found = {path: reason for each in experiments for path, reason in _checkpoints(each, ()).items()}
     labels = {f"{stage}-{name}" for stage in ("pretrain", "probe", "cache") for name in study.teachers}
     labels |= {f"{stage}-{run}-{seed}" for stage in ("train", "predict") for run, seed in study.grid}
     labels |= {f"resolve-{run}" for run in study.runs}
     labels |= {"data", "split", "finetuned", "shifts", *OF_EXPERIMENTS, "maps", "report"}
-    labels |= {f"{stage}-{Layout(study.name).experiment}" for stage in OF_EXPERIMENTS}
+    own = _name(study)
+    labels |= {f"{stage}-{own}" for stage in (*OF_EXPERIMENTS, *OF_DATA)}
+    labels |= {f"cache-{own}-{name}" for name in study.cached_teachers}
     newest: dict[str, Path] = {}
     folders = (
         [path for path in _below(root) if path.name not in (lock_file.NAME, *names)] if _own(root) else []

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
@@ -40,22 +41,39 @@ class Queue:
 
     Attributes:
         waiting: for each stage that has not begun the stages that it waits for, in an order that respects them.
+        jobs: DVCs at a time.
+        cores: that they share.
+        threads: of a stage, by family: all cores where the graph has one of its kind, else an equal share. A rule of
+            the graph alone, so that a rerun has the same threads, and so the same bits, whatever runs beside it.
     """
 
     waiting: dict[str, set[str]]
+    jobs: int
+    cores: int
+    threads: dict[str, int] = field(init=False)
     total: int = field(init=False)
     done: int = 0
 
     def __post_init__(self) -> None:
         self.total = len(self.waiting)
+        kinds = Counter(map(family, self.waiting))
+        self.threads = {kind: max(1, self.cores // min(self.jobs, count)) for kind, count in kinds.items()}
 
-    def take(self, jobs: int) -> list[str]:
-        """Stages for one DVC: few enough that each of as many as `jobs` gets some, twice over."""
+    def take(self, busy: int) -> list[str]:
+        """Stages for one DVC: alike in threads, and few enough that each of `jobs` gets some, twice over.
+
+        Args:
+            busy: threads of the stages at work. Two teams of threads on the same cores wait for each other: what
+                finds too few cores free waits, unless nothing is at work.
+        """
         ready = [stage for stage, before in self.waiting.items() if not before]
-        count = max(1, min(LARGEST_BATCH, len(ready) // (2 * jobs)))
-        for stage in ready[:count]:
+        free = self.cores - busy
+        wanted = next((n for stage in ready if (n := self.threads[family(stage)]) <= free or not busy), 0)
+        alike = [stage for stage in ready if self.threads[family(stage)] == wanted]
+        count = max(1, min(LARGEST_BATCH, len(alike) // (2 * self.jobs)))
+        for stage in alike[:count]:
             del self.waiting[stage]
-        return ready[:count]
+        return alike[:count]
 
     def finish(self, stages: list[str]) -> None:
         self.done += len(stages)
@@ -88,11 +106,11 @@ def family(stage: str) -> str:
 class Worker:
     """One DVC at a batch of stages; its lines are shown with its number before them."""
 
-    def __init__(self, number: int, stages: list[str], environment: Mapping[str, str], clock: Clock) -> None:
-        self.number, self.stages, self.clock = number, stages, clock
+    def __init__(self, number: int, stages: list[str], threads: int, clock: Clock) -> None:
+        self.number, self.stages, self.threads, self.clock = number, stages, threads, clock
         self.process = subprocess.Popen(
             [sys.executable, "-c", DVC, "dvc", "--wait-for-lock", "repro", "--single-item", *stages],
-            env=environment,
+            env={THREADS: str(threads), **os.environ},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -114,7 +132,7 @@ class Worker:
         self.process.stdout.close()
 
 
-def repro(graph: Path, jobs: int) -> int:
+def repro(graph: Path, jobs: int, only: str | None = None) -> int:
     """Brings a graph's stages, and all that they depend on, up to date: an exit code.
 
     DVC's own locks keep the processes apart: one at a time reads or writes the lock files, and no stage begins
@@ -122,22 +140,24 @@ def repro(graph: Path, jobs: int) -> int:
 
     Args:
         graph: path of a dvc.yaml.
-        jobs: DVCs at a time; each stage gets its share of the cores, unless the environment says otherwise.
+        jobs: DVCs at a time; each stage gets its share of the cores (see `Queue`), unless the environment says
+            otherwise.
+        only: a family of stages: these and what they depend on; None for all.
 
     Raises:
         StudyError: there is no such graph, or it cannot be read.
     """
-    queue, clock = Queue(_order(graph)), Clock()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    environment = {THREADS: str(max(1, cores // jobs)), **os.environ}
+    queue, clock = Queue(_order(graph, only), jobs, cores), Clock()
     workers: list[Worker] = []
     failed = 0
-    print(f"{graph}: {queue.total} stages, {jobs} at a time, {environment[THREADS]} threads each", flush=True)
+    print(f"{graph}: {queue.total} stages, up to {jobs} at a time on {cores} cores", flush=True)
     with _stop_signals(workers) as stopped:
         while workers or (queue.waiting and not failed and not stopped()):
             free = [number for number in range(1, jobs + 1) if number not in {w.number for w in workers}]
-            if free and not failed and not stopped() and (stages := queue.take(jobs)):
-                workers.append(Worker(free[0], stages, environment, clock))
+            busy = sum(worker.threads for worker in workers)
+            if free and not failed and not stopped() and (stages := queue.take(busy)):
+                workers.append(Worker(free[0], stages, queue.threads[family(stages[0])], clock))
                 continue
             time.sleep(TICK)
             for worker in [worker for worker in workers if worker.process.poll() is not None]:
@@ -152,7 +172,7 @@ def repro(graph: Path, jobs: int) -> int:
     return 128 + stopped() if stopped() else failed
 
 
-def _order(graph: Path) -> dict[str, set[str]]:
+def _order(graph: Path, only: str | None) -> dict[str, set[str]]:
     """Each stage of the graph, and each that one of them depends on, with those that it waits for."""
     if not graph.exists():
         raise StudyError("does not exist", where=str(graph), remedy="give the path of a dvc.yaml")
@@ -167,7 +187,17 @@ def _order(graph: Path) -> dict[str, set[str]]:
     waits: dict[str, set[str]] = {}
     for first, second in re.findall(r'"([^"]*)"(?: -> "([^"]*)")?;', told.stdout):
         waits.setdefault(second or first, set()).update([first] if second else [])
-    return {stage: waits[stage] for stage in TopologicalSorter(waits).static_order()}
+    wanted = {stage for stage in waits if only in (None, family(stage))}
+    if not wanted:
+        raise StudyError(
+            f"has no stage {only!r}",
+            where=str(graph),
+            remedy=f"choose one of {', '.join(sorted(set(map(family, waits))))}",
+        )
+    new = wanted
+    while new := {before for stage in new for before in waits[stage]} - wanted:
+        wanted |= new
+    return {stage: waits[stage] for stage in TopologicalSorter(waits).static_order() if stage in wanted}
 
 
 @contextmanager

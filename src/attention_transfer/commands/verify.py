@@ -25,9 +25,9 @@ def verify(study: Study, *, sample: int = SAMPLE) -> list[StudyError]:
     A problem is a damaged or missing file, a cache of another recipe (teacher, images, views, number format),
     or maps that differ from recomputed ones by more than number format and precision explain.
     """
-    parts = Parts(study, Layout(study.name), machine.prepare())
+    parts = Parts(study, Layout.of(study), machine.prepare())
     problems = []
-    for teacher in study.teachers:
+    for teacher in study.cached_teachers:
         if not (sets := plan.cached_sets(study, teacher)):
             print(f"{teacher}: no cache ({plan.attention_source(study, teacher)})")
         for which in sets:

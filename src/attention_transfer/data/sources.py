@@ -1,4 +1,4 @@
-"""Where the images come from: Fashion-MNIST, or whatever timm.data.create_dataset opens."""
+"""Where the images come from: Fashion-MNIST, scikit-learn's digits, or whatever timm.data.create_dataset opens."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ FASHION_MNIST_CLASSES = [
     "Ankle boot",
 ]
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
+TEST_DIGITS = 360  # of 1,797, which come without a split; the same for every study
 
 
 def read(data: Data) -> tuple[list[str], dict[str, ImageSet]]:
@@ -52,6 +53,8 @@ def read(data: Data) -> tuple[list[str], dict[str, ImageSet]]:
             split: _fit(_fashion_mnist(Path(data.folder), prefix), data)
             for split, prefix in (("train", "train"), ("test", "t10k"))
         }
+    if data.source == "digits":
+        return [str(digit) for digit in range(10)], _digits(data)
     sets = {"train": _from_timm(data, data.train_split), "test": _from_timm(data, data.test_split)}
     (names, train), (test_names, test) = sets["train"], sets["test"]
     if names != test_names:
@@ -142,6 +145,19 @@ def _fit(images: ImageSet, data: Data) -> ImageSet:
     if data.channels == 3:
         pixels = np.repeat(pixels, 3, axis=1)
     return ImageSet(pixels, images.labels)
+
+
+def _digits(data: Data) -> dict[str, ImageSet]:
+    from sklearn.model_selection import train_test_split
+
+    from attention_transfer.data import shifts  # which takes a second
+
+    pixels, labels = shifts.digits(data.image_size, data.channels)
+    parts = train_test_split(np.arange(len(labels)), test_size=TEST_DIGITS, stratify=labels, random_state=0)
+    return {
+        split: ImageSet(pixels[rows], labels[rows])
+        for split, rows in zip(("train", "test"), map(np.sort, parts), strict=True)
+    }
 
 
 def _from_timm(data: Data, split: str) -> tuple[list[str], ImageSet]:

@@ -13,6 +13,10 @@ from attention_transfer.evaluation.metrics import check, check_logits
 LOWEST, HIGHEST = 1e-3, 1e3
 
 
+class NoTemperatureError(ValueError):
+    """These logits have no best temperature, or one that means nothing."""
+
+
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The temperature T at which softmax(logits / T) has the lowest mean negative log-likelihood.
 
@@ -29,20 +33,21 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         labels: (examples,), int64.
 
     Raises:
-        ValueError: shapes, types or values are not as above, there is no finite best temperature above 0, or
-            it lies outside 0.001 to 1000, where it hangs on a few examples with next to no margin.
+        NoTemperatureError: there is no finite best temperature above 0, or it lies outside 0.001 to 1000, where it
+            hangs on a few examples with next to no margin.
+        ValueError: shapes, types or values are not as above.
     """
     check(logits, labels)
     below_highest = logits.double()
     below_highest = below_highest - below_highest.amax(dim=1, keepdim=True)
     of_labels = float(below_highest.gather(1, labels[:, None]).mean())
     if of_labels == 0:
-        raise ValueError(
+        raise NoTemperatureError(
             "no temperature: expected an example whose label has not the highest logit, got none in "
             f"{len(labels)} examples; the likelihood rises until the temperature is 0"
         )
     if of_labels <= float(below_highest.mean()):
-        raise ValueError(
+        raise NoTemperatureError(
             "no temperature: expected labels with higher logits than the average class, got "
             f"{of_labels - float(below_highest.mean()):.3g} more; the likelihood rises with the temperature"
         )
@@ -55,7 +60,9 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     low, high = -math.log(HIGHEST), -math.log(LOWEST)
     if not slope(low) <= 0 <= slope(high):
         side = f"above {HIGHEST:g}" if slope(low) > 0 else f"below {LOWEST:g}"
-        raise ValueError(f"temperature: expected one between {LOWEST:g} and {HIGHEST:g}, got one {side}")
+        raise NoTemperatureError(
+            f"temperature: expected one between {LOWEST:g} and {HIGHEST:g}, got one {side}"
+        )
     return math.exp(-float(brentq(slope, low, high, xtol=1e-10)))
 
 

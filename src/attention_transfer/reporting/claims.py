@@ -6,20 +6,44 @@ The rules were written before the numbers. Effects and intervals are fractions o
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from attention_transfer.config import Report
-from attention_transfer.evaluation.statistics import Interval, equivalent, mean_interval, paired_difference
-from attention_transfer.reporting import contrasts
+from attention_transfer.evaluation.multiple_tests import EffectSize, effect_size, holm, paired_t
+from attention_transfer.evaluation.statistics import (
+    Interval,
+    Values,
+    equivalent,
+    mean_interval,
+    paired_difference,
+)
+from attention_transfer.reporting import contrasts, robustness
 from attention_transfer.reporting.contrasts import Verdict
 from attention_transfer.reporting.experiments import Experiment, accuracies
 from attention_transfer.reporting.records import UNSHIFTED, Records
-from attention_transfer.reporting.tables import run_gap
+from attention_transfer.reporting.tables import per_cent, run_gap
 
 MOST_OF_THE_GAP = 0.5
+MAIN = (
+    "main/copy",
+    "main/distill",
+    "ensemble/beats_members",
+    "ensemble/beats_finetune_pair",
+    "ensemble/beats_distill_pair",
+    "shift/distill_falls_below",
+)
+"""The main claims: a family of tests, whether or not a study can do all of them."""
+HOLM = (
+    f"The verdicts on the {len(MAIN)} main claims (on copy, distill, the ensemble and shift) stand only where the "
+    "claim's p-value, adjusted by Holm for all of them, is at most 1 − confidence: otherwise it is not resolved. "
+    "p-values are those of the paired t tests that the intervals belong to: two-sided; of copy, of copy − (scratch + "
+    "finetune)/2; of distill, the larger of the two one-sided ones or, beyond the margin, of the difference from it."
+)
 RULES = {
     "main/pretraining_helps": (
         "Interval of finetune − scratch, paired by seed, Student's t: supported if it lies above 0, "
@@ -56,6 +80,11 @@ RULES = {
         "contradicted if it lies above 0, not resolved otherwise. Whether the two are equal in-distribution, "
         "as the claim presumes, is reported alongside."
     ),
+    "shift/below_at_matched_accuracy": (
+        "Exploratory. Mean accuracy over shifts beyond the line that logit(shifted) follows over logit(clean) on "
+        "the same images) in all runs and seeds of the main comparison; distill minus finetune, paired by seed: "
+        "supported if its interval lies below 0, contradicted if it lies above 0, not resolved otherwise."
+    ),
 }
 CLAIMS = {
     "main/pretraining_helps": "Fine-tuning the pre-trained teacher beats training from scratch.",
@@ -65,6 +94,9 @@ CLAIMS = {
     "ensemble/beats_finetune_pair": "Fine-tuned + distilled beats the ensemble of two fine-tuned models.",
     "ensemble/beats_distill_pair": "Fine-tuned + distilled beats the ensemble of two distilled models.",
     "shift/distill_falls_below": "Under distribution shift, Attention Distill falls below fine-tuning.",
+    "shift/below_at_matched_accuracy": (
+        "At matched accuracy without shift, Attention Distill falls below fine-tuning under shift."
+    ),
 }
 PUBLISHED = {
     "main/pretraining_helps": "fine-tune 85.7 %, scratch 83.0 %",
@@ -74,6 +106,7 @@ PUBLISHED = {
     "ensemble/beats_finetune_pair": "direction only: above the self-ensemble",
     "ensemble/beats_distill_pair": "direction only: above the self-ensemble",
     "shift/distill_falls_below": "direction only: below fine-tune on the harder shifts",
+    "shift/below_at_matched_accuracy": "direction only: below fine-tune on the harder shifts",
 }
 
 
@@ -85,6 +118,9 @@ class Claim:
         id: the experiment's id in the paper's list, and a name.
         note: what has to be known beside the verdict.
         exploratory: not one of the main claims, for which the study was designed.
+        p_value: of the test behind the verdict; NaN with one seed.
+        p_adjusted: by Holm, of a main claim; NaN of others.
+        size: the effect in standard deviations of its values over seeds.
     """
 
     id: str
@@ -95,10 +131,24 @@ class Claim:
     verdict: Verdict
     note: str = ""
     exploratory: bool = False
+    p_value: float = math.nan
+    p_adjusted: float = math.nan
+    size: EffectSize | None = None
 
     @property
     def experiment(self) -> str:
         return self.id.split("/")[0]
+
+    @property
+    def measured(self) -> str:
+        """The effect with its interval and unit."""
+        return f"{per_cent(self.effect)} {'% of the gap' if self.id == 'main/copy' else 'points'}"
+
+    @property
+    def sentence(self) -> str:
+        """What a reader can quote."""
+        seeds = f"{self.effect.n} seed{'s' if self.effect.n > 1 else ''}"
+        return f"“{self.claim.removesuffix('.')}” is {self.verdict} here: {self.measured} over {seeds}."
 
     def as_json(self) -> dict[str, Any]:
         """For claims.json; a number that is not finite becomes null."""
@@ -114,6 +164,11 @@ class Claim:
             "exploratory": self.exploratory,
             "verdict": self.verdict,
             "note": self.note,
+            "sentence": self.sentence,
+            "p_value": _finite(self.p_value),
+            "p_adjusted": _finite(self.p_adjusted),
+            "effect_size": _finite(self.size.mean) if self.size else None,
+            "effect_size_interval": [_finite(self.size.low), _finite(self.size.high)] if self.size else None,
         }
 
 
@@ -128,9 +183,27 @@ def judge(records: Records, report: Report) -> tuple[list[Claim], dict[str, str]
     _judge_ensembles(records, report, claims, untested)
     if "shifts" in records.study.evaluation.sets:
         claims.append(_falls_below(records, report))
+        if (found := _below_at_matched_accuracy(records, report)) is not None:
+            claims.append(found)
+        else:
+            untested["shift/below_at_matched_accuracy"] = "there are too few models, or they are all alike"
     else:
-        untested["shift/distill_falls_below"] = "evaluation.sets does not name shifts"
-    return claims, untested
+        missing = "evaluation.sets does not name shifts"
+        untested |= dict.fromkeys((claim for claim in RULES if claim.startswith("shift/")), missing)
+    return corrected(claims, 1 - records.study.evaluation.confidence), untested
+
+
+def corrected(claims: Sequence[Claim], significance: float) -> list[Claim]:
+    """The claims with Holm's correction over the main ones, which count whether or not they could be tested."""
+    adjusted = holm(dict.fromkeys(MAIN, math.nan) | {c.id: c.p_value for c in claims if c.id in MAIN})
+    found = []
+    for claim in claims:
+        changed = replace(claim, p_adjusted=adjusted.get(claim.id, math.nan))
+        if claim.verdict != "not resolved" and changed.p_adjusted > significance:
+            note = f"{claim.verdict} by itself, not after Holm's correction. {claim.note}".strip()
+            changed = replace(changed, verdict="not resolved", note=note)
+        found.append(changed)
+    return found
 
 
 def of_experiments(
@@ -154,14 +227,37 @@ def of_experiments(
             each.verdict,
             note=f"seeds {', '.join(map(str, each.seeds))}.",
             exploratory=True,
+            p_value=paired_t(each.effects, np.zeros(len(each.effects)), alternative="two-sided"),
+            size=effect_size(each.effects, np.zeros(len(each.effects)), records.study.evaluation.confidence),
         )
         for each in judged
     ]
     return claims, untested
 
 
-def _claim(claim: str, effect: Interval, verdict: Verdict, note: str = "") -> Claim:
-    return Claim(claim, CLAIMS[claim], PUBLISHED[claim], RULES[claim], effect, verdict, note)
+def _claim(
+    claim: str,
+    effect: Interval,
+    verdict: Verdict,
+    note: str = "",
+    *,
+    values: Values,
+    confidence: float,
+    p_value: float | None = None,
+) -> Claim:
+    """A claim about the mean of `values`, one a seed, being 0; another test has another p-value."""
+    against = np.zeros(len(values))
+    return Claim(
+        claim,
+        CLAIMS[claim],
+        PUBLISHED[claim],
+        RULES[claim],
+        effect,
+        verdict,
+        note,
+        p_value=paired_t(values, against, alternative="two-sided") if p_value is None else p_value,
+        size=effect_size(values, against, confidence),
+    )
 
 
 def _above(interval: Interval, threshold: float) -> Verdict:
@@ -173,47 +269,56 @@ def _above(interval: Interval, threshold: float) -> Verdict:
 
 
 def _pretraining_helps(records: Records, report: Report) -> Claim:
-    gap = _difference(records, report.finetune, report.scratch)
-    return _claim("main/pretraining_helps", gap, _above(gap, 0))
+    gains = records.values("accuracy", report.finetune) - records.values("accuracy", report.scratch)
+    confidence = records.study.evaluation.confidence
+    gap = mean_interval(gains, confidence)
+    return _claim("main/pretraining_helps", gap, _above(gap, 0), values=gains, confidence=confidence)
 
 
 def _copy_recovers(records: Records, report: Report) -> Claim:
-    recovered = run_gap(records, report, report.copied)
-    if _above(_difference(records, report.finetune, report.scratch), 0) != "supported":
+    confidence = records.study.evaluation.confidence
+    scratch, finetune, copied = (
+        records.values("accuracy", run) for run in (report.scratch, report.finetune, report.copied)
+    )
+    recovered, note = run_gap(records, report, report.copied), ""
+    verdict = _above(recovered, MOST_OF_THE_GAP)
+    if _above(paired_difference(finetune, scratch, confidence), 0) != "supported":
         note = "fine-tuning is not shown to beat scratch, so there is no gap to recover."
-        return _claim("main/copy", recovered, "not resolved", note)
-    return _claim("main/copy", recovered, _above(recovered, MOST_OF_THE_GAP))
+        verdict = "not resolved"
+    # The gap recovered is above a share of the gap where this is above 0.
+    beyond = copied - scratch - MOST_OF_THE_GAP * (finetune - scratch)
+    return _claim("main/copy", recovered, verdict, note, values=beyond, confidence=confidence)
 
 
 def _distill_equals(records: Records, report: Report) -> Claim:
-    difference = _difference(records, report.distilled, report.finetune)
-    verdict, note = _equality(records, report, difference)
-    return _claim("main/distill", difference, verdict, note)
-
-
-def _equality(records: Records, report: Report, difference: Interval) -> tuple[Verdict, str]:
-    margin = report.equivalence_margin
-    test = equivalent(
-        records.values("accuracy", report.distilled),
-        records.values("accuracy", report.finetune),
-        margin,
-        records.study.evaluation.confidence,
+    confidence = records.study.evaluation.confidence
+    first, second = (records.values("accuracy", run) for run in (report.distilled, report.finetune))
+    difference = paired_difference(first, second, confidence)
+    verdict, note, p_value = _equality(first, second, report.equivalence_margin, confidence)
+    return _claim(
+        "main/distill",
+        difference,
+        verdict,
+        note,
+        values=first - second,
+        confidence=confidence,
+        p_value=p_value,
     )
+
+
+def _equality(first: Values, second: Values, margin: float, confidence: float) -> tuple[Verdict, str, float]:
+    """Whether two are equal within the margin, in words too, and the p-value of that, or of the contrary."""
+    difference = paired_difference(first, second, confidence)
+    test = equivalent(first, second, margin, confidence)
     note = f"equivalence margin {100 * margin:g} percentage points"
     if math.isfinite(test.p_value):
         note += f", p = {test.p_value:.2g} of the two one-sided tests"
-    if test.equivalent:
-        return "supported", f"{note}."
+    if abs(difference.mean) <= margin:
+        return "supported" if test.equivalent else "not resolved", f"{note}.", test.p_value
+    edge = math.copysign(margin, difference.mean)
+    p_value = paired_t(first, np.add(second, edge), alternative="two-sided")
     apart = difference.high < -margin or difference.low > margin
-    return "contradicted" if apart else "not resolved", f"{note}."
-
-
-def _difference(records: Records, first: str, second: str) -> Interval:
-    return paired_difference(
-        records.values("accuracy", first),
-        records.values("accuracy", second),
-        records.study.evaluation.confidence,
-    )
+    return "contradicted" if apart else "not resolved", f"{note}.", p_value
 
 
 def _judge_ensembles(records: Records, report: Report, claims: list[Claim], untested: dict[str, str]) -> None:
@@ -223,8 +328,11 @@ def _judge_ensembles(records: Records, report: Report, claims: list[Claim], unte
         missing = f"the study has no ensemble of {report.finetune} and {report.distilled}"
         untested |= {claim: missing for claim in RULES if claim.startswith("ensemble/")}
         return
-    gain = mean_interval(mixed["gain"].to_numpy(float), confidence)
-    claims.append(_claim("ensemble/beats_members", gain, _above(gain, 0)))
+    gains = mixed["gain"].to_numpy(float)
+    gain = mean_interval(gains, confidence)
+    claims.append(
+        _claim("ensemble/beats_members", gain, _above(gain, 0), values=gains, confidence=confidence)
+    )
     for claim, run in (
         ("ensemble/beats_finetune_pair", report.finetune),
         ("ensemble/beats_distill_pair", report.distilled),
@@ -234,12 +342,11 @@ def _judge_ensembles(records: Records, report: Report, claims: list[Claim], unte
             untested[claim] = f"the study has no ensemble of {run} with itself"
             continue
         seeds = [seed for seed in records.study.seeds if seed in mixed.index and seed in pair.index]
-        difference = paired_difference(
-            mixed.loc[seeds, "accuracy"].to_numpy(float),
-            pair.loc[seeds, "accuracy"].to_numpy(float),
-            confidence,
+        differences = (mixed.loc[seeds, "accuracy"] - pair.loc[seeds, "accuracy"]).to_numpy(float)
+        difference = mean_interval(differences, confidence)
+        claims.append(
+            _claim(claim, difference, _above(difference, 0), values=differences, confidence=confidence)
         )
-        claims.append(_claim(claim, difference, _above(difference, 0)))
 
 
 def _ensemble(records: Records, first: str, second: str) -> pd.DataFrame | None:
@@ -250,18 +357,33 @@ def _ensemble(records: Records, first: str, second: str) -> pd.DataFrame | None:
 
 
 def _falls_below(records: Records, report: Report) -> Claim:
+    confidence = records.study.evaluation.confidence
+    clean = {run: records.values("accuracy", run) for run in (report.distilled, report.finetune)}
     fall = {
-        run: records.all_shifts("accuracy", run) - records.values("accuracy", run, UNSHIFTED)
-        for run in (report.distilled, report.finetune)
+        run: records.all_shifts("accuracy", run) - records.values("accuracy", run, UNSHIFTED) for run in clean
     }
-    effect = paired_difference(
-        fall[report.distilled], fall[report.finetune], records.study.evaluation.confidence
-    )
+    further = fall[report.distilled] - fall[report.finetune]
+    effect = mean_interval(further, confidence)
     mirrored = _above(Interval(-effect.mean, -effect.high, -effect.low, effect.n), 0)
-    clean = _difference(records, report.distilled, report.finetune)
-    equal, _ = _equality(records, report, clean)
-    note = f"equal in-distribution: {equal}; clean distill − finetune is {100 * clean.mean:+.2f} points."
-    return _claim("shift/distill_falls_below", effect, mirrored, note)
+    first, second = clean.values()
+    equal, _, _ = _equality(first, second, report.equivalence_margin, confidence)
+    note = f"equal in-distribution: {equal}; clean distill − finetune is {100 * (first - second).mean():+.2f} points."
+    return _claim("shift/distill_falls_below", effect, mirrored, note, values=further, confidence=confidence)
+
+
+def _below_at_matched_accuracy(records: Records, report: Report) -> Claim | None:
+    if (line := robustness.line(records)) is None:
+        return None
+    confidence = records.study.evaluation.confidence
+    beyond = robustness.residuals(records, line)
+    further = beyond[report.distilled] - beyond[report.finetune]
+    effect = mean_interval(further, confidence)
+    mirrored = _above(Interval(-effect.mean, -effect.high, -effect.low, effect.n), 0)
+    note = f"line through {line.models} models, R² {line.r2:.2f}."
+    found = _claim(
+        "shift/below_at_matched_accuracy", effect, mirrored, note, values=further, confidence=confidence
+    )
+    return replace(found, exploratory=True)
 
 
 def _finite(value: float) -> float | None:

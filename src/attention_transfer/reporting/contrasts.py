@@ -71,9 +71,14 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim with its effect, in fractions of accuracy, and the seeds that it is over."""
+    """A claim with its effect, in fractions of accuracy, and the seeds that it is over.
+
+    Attributes:
+        effects: one value a seed.
+    """
 
     contrast: Contrast
+    effects: np.ndarray
     effect: Interval
     seeds: tuple[int, ...]
     verdict: Verdict
@@ -122,7 +127,9 @@ def judge(
         )
         effect = mean_interval(effects, confidence)
         judged.append(
-            Judged(contrast, effect, seeds, _verdict(contrast.rule, effects, effect, margin, confidence))
+            Judged(
+                contrast, effects, effect, seeds, _verdict(contrast.rule, effects, effect, margin, confidence)
+            )
         )
     return judged, untested
 
@@ -168,6 +175,26 @@ def _both(name: str, claim: str, published: str, rule: Rule, weights: Mapping[st
     ]
 
 
+TEACHERS = ("mae", "mae_1", "mae_2")  # one recipe, three seeds
+DRAWS = (0, 1, 2)
+
+
+def replicated(method: str, teacher: str, draw: int) -> str:
+    """The run of a method with one of TEACHERS on one of DRAWS; scratch has no teacher."""
+    parts = [method]
+    if method != "scratch" and (teacher, draw) != ("mae", 0):
+        parts.append(teacher)
+    return "_".join([*parts, f"draw_{draw}"] if draw else parts)
+
+
+_REPLICATIONS = {
+    name: [
+        tuple(replicated(method, teacher, draw) for method in ("scratch", "finetune", "copy", "distill"))
+        for teacher in TEACHERS
+        if (teacher, draw) != ("mae", 0)
+    ]
+    for name, draw in (("teachers", 0), ("draw_1", 1), ("draw_2", 2))
+}
 _FAMILIES = ("layer_scale", "registers", "rotary", "relative_bias", "swiglu", "pre_norm", "qk_norm")
 
 CONTRASTS: tuple[Contrast, ...] = (
@@ -320,5 +347,41 @@ CONTRASTS: tuple[Contrast, ...] = (
             "not below",
         )
         for family in _FAMILIES
+    ),
+    *(
+        contrast
+        for name, groups in _REPLICATIONS.items()
+        for contrast in (
+            Contrast(
+                f"{name}/copy",
+                "Attention Copy recovers more than half of the gap, as a mean over these teachers.",
+                "copy recovers 77.8 % of the gap",
+                mean_of(
+                    [{copy: 1.0, scratch: -0.5, finetune: -0.5} for scratch, finetune, copy, _ in groups]
+                ),
+                "above",
+            ),
+            Contrast(
+                f"{name}/distill",
+                "Attention Distill equals fine-tuning, as a mean over these teachers.",
+                "distill 85.7 %, fine-tune 85.7 %",
+                mean_of([difference(distill, finetune) for _, finetune, _, distill in groups]),
+                "equal",
+            ),
+        )
+    ),
+    *_both(
+        "task_data/other",
+        "On digits, attention of a teacher pre-trained on clothes, {word}, falls below fine-tuning that teacher.",
+        "direction only: transfer drops below fine-tuning where the task’s data are others",
+        "below",
+        difference("{method}_digits", "finetune_digits"),
+    ),
+    *_both(
+        "task_data/own",
+        "On digits, attention of a teacher pre-trained on digits, {word}, keeps up with fine-tuning that teacher.",
+        "direction only: transfer keeps up where the data are the task’s",
+        "not below",
+        difference("{method}_digits_own", "finetune_digits_own"),
     ),
 )

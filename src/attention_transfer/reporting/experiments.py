@@ -27,6 +27,10 @@ HEADINGS = {
     "pretraining_data": "Other images to pre-train on",
     "size": "Smaller and larger models",
     "families": "Components of other families",
+    "teachers": "Other seeds of the teacher",
+    "draw_1": "Another draw of the labels",
+    "draw_2": "A third draw of the labels",
+    "task_data": "Another task",
 }
 """By experiment; one that is not here is headed by its name."""
 
@@ -87,17 +91,17 @@ def accuracies(records: Records, experiments: list[Experiment]) -> Accuracies:
 
 
 def table(experiment: Experiment, records: Records, report: Report) -> Table:
-    """Each run's accuracy, and its difference from the main comparison's scratch and fine-tuned students."""
-    confidence = records.study.evaluation.confidence
+    """Each run's accuracy, and its difference from the scratch and the fine-tuned students on the same images."""
+    confidence, ends = records.study.evaluation.confidence, _ends(experiment, report)
     of = accuracies(records, [experiment])
     rows, shown = [], []
     for run, found in experiment.accuracy.items():
         if not found:
             continue
         values = {"accuracy": list(found.values())}
-        for name in (report.scratch, report.finetune):
-            main = of(name)
-            values[f"minus_{name}"] = [value - main[seed] for seed, value in found.items() if seed in main]
+        for name in ends:
+            end = of(name)
+            values[f"minus_{name}"] = [value - end[seed] for seed, value in found.items() if seed in end]
         over = {
             name: mean_interval(each, confidence) if each else Interval(np.nan, np.nan, np.nan, 0)
             for name, each in values.items()
@@ -111,12 +115,22 @@ def table(experiment: Experiment, records: Records, report: Report) -> Table:
                 "run": run,
                 "seeds": str(len(found)),
                 "test accuracy, %": tables.per_cent(over["accuracy"]),
-                f"minus {report.scratch}, points": tables.per_cent(over[f"minus_{report.scratch}"]),
-                f"minus {report.finetune}, points": tables.per_cent(over[f"minus_{report.finetune}"]),
+                **{f"minus {name}, points": tables.per_cent(over[f"minus_{name}"]) for name in ends},
             }
         )
     caption = (
-        f"{experiment.heading}: accuracy on the test set, and its difference from the main comparison's "
-        f"{report.scratch} and {report.finetune} on the same seeds: mean and {tables.level(records)} interval."
+        f"{experiment.heading}: accuracy on the test set, and its difference from "
+        f"{'' if experiment.study.own_data else 'the main comparison’s '}{' and '.join(ends)} on the same seeds: mean "
+        f"and {tables.level(records)} interval."
     )
     return Table(f"experiment_{experiment.name}", caption, pd.DataFrame(rows), pd.DataFrame(shown))
+
+
+def _ends(experiment: Experiment, report: Report) -> list[str]:
+    """The runs that an experiment's are compared with; with images of its own, its first of either method."""
+    if not experiment.study.own_data:
+        return [report.scratch, report.finetune]
+    first: dict[str, str] = {}
+    for name, run in experiment.study.runs.items():
+        first.setdefault(run.method, name)
+    return [first[method] for method in ("scratch", "finetune") if method in first]

@@ -160,8 +160,8 @@ def _main(records: Records) -> Drawing:
     axes = figure.add_subplot()
     for position, (run, look) in enumerate(looks(study).items()):
         values = 100 * records.values("accuracy", run)
-        _interval_row(axes, position, values, look, records)
-    _name_rows(axes, list(study.runs))
+        interval_row(axes, position, values, look, records)
+    name_rows(axes, list(study.runs))
     axes.set_xlabel("test accuracy, %")
     caption = (
         f"Test accuracy by run. Marker and bar: mean over seeds and {_level(records)} interval; small points: "
@@ -170,7 +170,7 @@ def _main(records: Records) -> Drawing:
     return Drawing("main", caption, figure)
 
 
-def _interval_row(axes: Any, position: int, values: np.ndarray, look: Look, records: Records) -> None:
+def interval_row(axes: Any, position: int, values: np.ndarray, look: Look, records: Records) -> None:
     """Single values as small points beneath their mean and interval."""
     interval = mean_interval(values, records.study.evaluation.confidence)
     axes.plot(
@@ -192,7 +192,7 @@ def _interval_row(axes: Any, position: int, values: np.ndarray, look: Look, reco
     )  # fmt: skip
 
 
-def _name_rows(axes: Any, names: list[str], include: tuple[float, ...] = ()) -> None:
+def name_rows(axes: Any, names: list[str], include: tuple[float, ...] = ()) -> None:
     """Names at the rows, first row on top, and an x range that a huge interval of few seeds cannot blow up.
 
     `include`: values of x that are shown whatever the points are.
@@ -250,7 +250,7 @@ def _learning_curves(records: Records) -> Drawing:
             axes.set_yscale("log")
     rows[-1].set_xlabel("epoch")
     rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(figure, styles)
+    legend(figure, styles)
     caption = (
         "Learning curves: mean over seeds; the band spans the lowest and the highest seed. The attention loss "
         "is that of distilling runs, before its weight. Validation accuracy is that of the first "
@@ -264,7 +264,7 @@ def _spans_decades(values: pd.Series) -> bool:
     return bool(len(positive)) and bool(positive.max() > 20 * positive.min())
 
 
-def _legend(figure: Figure, styles: dict[str, Look], columns: int = 3) -> None:
+def legend(figure: Figure, styles: dict[str, Look], columns: int = 3) -> None:
     """One legend beneath all panels."""
     handles = [
         Line2D([], [], color=look.color, linestyle=look.linestyle, marker=look.marker, label=run)
@@ -288,10 +288,10 @@ def _ensembles(records: Records) -> Drawing:
     for position, (name, ensemble) in enumerate(study.ensembles.items()):
         values = 100 * records.pairs(name)["gain"].to_numpy(float)
         first, second = (styles[member] for member in ensemble.members)
-        _interval_row(axes, position, values, first, records)
+        interval_row(axes, position, values, first, records)
         if first != second:  # the mean's marker shows both members' colours
             axes.lines[-1].set(fillstyle="left", markerfacecoloralt=second.color, marker="o", markersize=8)
-    _name_rows(axes, list(study.ensembles), include=(0.0,))
+    name_rows(axes, list(study.ensembles), include=(0.0,))
     axes.set_xlabel("gain over the better member, points of test accuracy")
     caption = (
         f"Gain of each ensemble over its better member: mean over pairs and {_level(records)} interval; small "
@@ -365,7 +365,7 @@ def _shift_severity(records: Records) -> Drawing:
         last = row * columns + column + columns >= len(shifts)
         grid[row, column].tick_params(labelbottom=last)
         grid[row, column].set(xlabel="severity" if last else None, ylabel=None if column else "accuracy, %")
-    _legend(figure, styles, columns=4 if columns == 3 else 3)
+    legend(figure, styles, columns=4 if columns == 3 else 3)
     caption = (
         "Accuracy against severity, one panel per shift, mean over seeds; intervals are in the table of shifts. "
         "'clean' is the whole test set, the shifted images are a part of it."

@@ -15,7 +15,15 @@ from markupsafe import Markup
 from attention_transfer.config import Report, Study
 from attention_transfer.errors import StudyError
 from attention_transfer.files import write_json, write_text
-from attention_transfer.reporting import claims, figures, tables
+from attention_transfer.reporting import (
+    claims,
+    cost,
+    experiment_figures,
+    figures,
+    replication,
+    robustness,
+    tables,
+)
 from attention_transfer.reporting import experiments as experiment_records
 from attention_transfer.reporting.claims import Claim
 from attention_transfer.reporting.contrasts import CONTRASTS
@@ -30,11 +38,18 @@ SECTIONS: tuple[Section, ...] = (
     ("learning", "Learning curves", ("learning_curves",), ("training",)),
     ("teachers", "Teachers", (), ("teachers",)),
     ("ensembles", "Ensembles", ("ensembles", "ensemble_matrix"), ("ensembles",)),
-    ("shifts", "Distribution shift", ("shift_severity", "contact_sheet"), ("shifts",)),
-    ("metrics", "Calibration and other measures", (), ("metrics", "ood")),
+    (
+        "shifts",
+        "Distribution shift",
+        ("shift_severity", "shift_scatter", "contact_sheet"),
+        ("shifts", "robustness"),
+    ),
+    ("metrics", "Calibration and other measures", (), ("metrics", "calibration", "ood")),
     ("maps", "Where the models look", ("attention_maps",), ()),
     ("similarity", "How alike the models are", (), ("similarity",)),
     ("comparisons", "Paired comparisons", (), ("comparisons",)),
+    ("replication", "Other teachers, other labels", (), ("replication",)),
+    ("cost", "What the methods cost", (), ("cost",)),
     ("recipes", "Recipes and time", (), ("recipes", "time")),
 )
 """Anchor, heading, figures and tables of each section; what a study does not have is left out."""
@@ -85,7 +100,10 @@ def build(
     all_tables = tables.build(records, report) + [
         experiment_records.table(experiment, records, report) for experiment in more
     ]
-    drawings = figures.build(records, report, artifacts)
+    all_tables.append(cost.table(records))
+    all_tables += filter(None, (robustness.table(records, report), replication.table(records, more, report)))
+    drawings = figures.build(records, report, artifacts) + experiment_figures.build(more, records, report)
+    drawings += filter(None, (robustness.figure(records),))
     _remove_stale(out)
     tables.write(all_tables, out / "tables")
     figures.write(drawings, out / "figures")
@@ -157,6 +175,7 @@ def _context(
             for name, reason in untested.items()
         ],
         "rules": {claim.id: claim.rule for claim in judged},
+        "correction": claims.HOLM,
         "unbounded": _unbounded(records, report),
         "published_on": tables.PUBLISHED_ON,
         "level": tables.level(records),
@@ -204,25 +223,40 @@ def _sections(experiments: Sequence[Experiment]) -> list[Section]:
     """The sections, with one for each experiment behind those of the main comparison."""
     at = next(index for index, (anchor, *_) in enumerate(SECTIONS) if anchor == "metrics")
     more = [
-        (experiment.name.replace("_", "-"), experiment.heading, (), (f"experiment_{experiment.name}",))
+        (experiment.name.replace("_", "-"), experiment.heading, (name,), (name,))
         for experiment in experiments
+        for name in [f"experiment_{experiment.name}"]
     ]
     return [*SECTIONS[:at], *more, *SECTIONS[at:]]
 
 
 def _claim_row(claim: Claim, headings: Mapping[str, str]) -> dict[str, str]:
-    unit = "% of the gap" if claim.id == "main/copy" else "points"
     return {
         "id": claim.id,
         "experiment": headings[claim.experiment] + (", exploratory" if claim.exploratory else ""),
         "claim": claim.claim,
         "published": claim.published,
-        "measured": f"{tables.per_cent(claim.effect)} {unit}",
+        "measured": claim.measured,
+        "sentence": claim.sentence,
+        "test": _test(claim),
         "seeds": str(claim.effect.n),
         "verdict": claim.verdict,
         "kind": claim.verdict.replace(" ", "-"),
         "note": claim.note,
     }
+
+
+def _test(claim: Claim) -> str:
+    """p-value and effect size in words; empty with one seed."""
+    parts = []
+    if math.isfinite(claim.p_value):
+        parts.append(f"p = {claim.p_value:.2g}")
+    if math.isfinite(claim.p_adjusted):
+        parts.append(f"{claim.p_adjusted:.2g} after Holm's correction")
+    if claim.size is not None and math.isfinite(claim.size.mean):
+        size = claim.size
+        parts.append(f"effect size g = {size.mean:.2g} [{size.low:.2g}, {size.high:.2g}]")
+    return ", ".join(parts)
 
 
 def _unbounded(records: Records, report: Report) -> list[str]:

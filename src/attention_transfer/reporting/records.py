@@ -30,6 +30,7 @@ _ENSEMBLES = [
     *("first_accuracy", "second_accuracy", "gain", "disagreement", "error_consistency"),
 ]
 _COMPARISONS = ["first", "second", "set", "shift", "difference", "low", "high", "seeds", "examples"]
+_CALIBRATION = ["run", "seed", "temperature", "nll", "ece", "nll_scaled", "ece_scaled"]
 _SIMILARITY = [
     *("run", "seed", "reference", "layer"),
     *("cka", "divergence", "matched_divergence", "distance", "entropy"),
@@ -56,6 +57,8 @@ class Records:
     ensembles: pd.DataFrame
     """Test set only; one row per ensemble and pair of seeds, each pair of models once."""
     comparisons: pd.DataFrame
+    calibration: pd.DataFrame
+    """Test set, before and after temperature scaling; empty unless the study predicts on validation images too."""
     similarity: pd.DataFrame
     """One row per run, seed, reference (`teacher`, `finetune`) and layer."""
     probes: dict[str, dict[str, Any]]
@@ -130,6 +133,7 @@ def load(study: Study, metrics: Path) -> Records:
         ood=_ood(study, evaluate / "ood.csv"),
         ensembles=_ensembles(study, evaluate / "ensembles.csv"),
         comparisons=_comparisons(study, evaluate / "comparisons.csv"),
+        calibration=_calibration(study, evaluate / "calibration.csv"),
         similarity=_similarity(study, metrics / "similarity" / "layers.csv"),
         probes={teacher: _probe(metrics / "probe" / teacher, teacher) for teacher in study.teachers},
         recipes={run: runs[run, study.seeds[0]][1]["params"] for run in study.runs},
@@ -261,7 +265,18 @@ def _describe(keys: list[str], row: tuple[Any, ...]) -> str:
 def _ood(study: Study, path: Path) -> pd.DataFrame:
     if not _predicts(study, "digits"):
         return pd.DataFrame(columns=_OOD)
-    frame = read_table(path, "evaluate", _OOD)
+    return _of_every_run(study, path, _OOD)
+
+
+def _calibration(study: Study, path: Path) -> pd.DataFrame:
+    if not (_predicts(study, "validation") and _predicts(study, "test")):
+        return pd.DataFrame(columns=_CALIBRATION)
+    return _of_every_run(study, path, _CALIBRATION)
+
+
+def _of_every_run(study: Study, path: Path, columns: list[str]) -> pd.DataFrame:
+    """The rows of the study's runs and seeds, of which each has one at least."""
+    frame = read_table(path, "evaluate", columns)
     frame = frame[[pair in study.grid for pair in zip(frame["run"], frame["seed"], strict=True)]]
     known = set(zip(frame["run"], frame["seed"], strict=True))
     for run, seed in study.grid:

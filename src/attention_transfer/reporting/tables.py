@@ -103,10 +103,10 @@ def ensembles_table(records: Records, report: Report) -> Table:
         pairs = records.pairs(name)
         first, second = ensemble.members
         over = {
-            column: _over_seeds(records, pairs[column])
+            column: over_seeds(records, pairs[column])
             for column in ("accuracy", "first_accuracy", "second_accuracy", "gain", "disagreement")
         }
-        consistency = _over_seeds(records, pairs["error_consistency"])
+        consistency = over_seeds(records, pairs["error_consistency"])
         row: dict[str, Any] = {"ensemble": name, "first": first, "second": second, "pairs": len(pairs)}
         for column, interval in over.items():
             row |= spread(column, interval)
@@ -179,8 +179,8 @@ def similarity_table(records: Records, report: Report) -> Table:
     for (run, reference), group in records.similarity.groupby(["run", "reference"], sort=False):
         last = group[group["layer"] == group["layer"].max()]
         means = group.groupby("seed")[["cka", "divergence", "matched_divergence"]].mean()
-        over = {column: _over_seeds(records, means[column]) for column in means}
-        over["last_cka"] = _over_seeds(records, last["cka"])
+        over = {column: over_seeds(records, means[column]) for column in means}
+        over["last_cka"] = over_seeds(records, last["cka"])
         row: dict[str, Any] = {"run": run, "reference": reference, "seeds": len(means)}
         for column, interval in over.items():
             row |= spread(column, interval)
@@ -212,10 +212,10 @@ def shifts_table(records: Records, report: Report) -> Table:
     for run in records.study.runs:
         for shift in _shifts(records):
             measures = {
-                measure: _over_seeds(records, _under(records, measure, run, shift))
+                measure: over_seeds(records, _under(records, measure, run, shift))
                 for measure in ("accuracy", "nll", "brier", "ece")
             }
-            drop = _over_seeds(records, _drop(records, run, shift))
+            drop = over_seeds(records, _drop(records, run, shift))
             usual = float(reference[shift].mean())
             relative = drop.mean / usual if usual > 0 else math.nan
             row: dict[str, Any] = {"run": run, "shift": shift, "seeds": drop.n}
@@ -256,7 +256,7 @@ def metrics_table(records: Records) -> Table:
     """All measures on the clean test set."""
     rows, shown = [], []
     for run in records.study.runs:
-        measures = {measure: _over_seeds(records, records.values(measure, run)) for measure in MEASURES}
+        measures = {measure: over_seeds(records, records.values(measure, run)) for measure in MEASURES}
         row: dict[str, Any] = {"run": run, "seeds": len(records.study.seeds)}
         for measure, interval in measures.items():
             row |= spread(measure, interval)
@@ -279,8 +279,8 @@ def training_table(records: Records) -> Table:
     for run in records.study.runs:
         seeds = records.training[records.training.run == run]
         first = seeds.iloc[0]
-        loss = _over_seeds(records, seeds["train_loss"])
-        accuracy = _over_seeds(records, seeds["validation_accuracy"])
+        loss = over_seeds(records, seeds["train_loss"])
+        accuracy = over_seeds(records, seeds["validation_accuracy"])
         row = {"run": run, "seeds": len(seeds)}
         row |= {key: int(first[key]) for key in ("parameters", "epochs", "steps")}
         rows.append(row | spread("train_loss", loss) | spread("validation_accuracy", accuracy))
@@ -299,7 +299,7 @@ def ood_table(records: Records) -> Table:
     for run in records.study.runs:
         for (image_set, score), group in groups:
             seeds = group[group.run == run]
-            auroc, fpr = (_over_seeds(records, seeds[measure]) for measure in ("auroc", "fpr95"))
+            auroc, fpr = (over_seeds(records, seeds[measure]) for measure in ("auroc", "fpr95"))
             row = {"run": run, "set": image_set, "score": score, "seeds": len(seeds)}
             rows.append(row | spread("auroc", auroc) | spread("fpr95", fpr))
             shown.append(
@@ -312,6 +312,29 @@ def ood_table(records: Records) -> Table:
         "log-sum-exp of the logits."
     )
     return Table("ood", caption, pd.DataFrame(rows), pd.DataFrame(shown))
+
+
+def calibration_table(records: Records) -> Table:
+    """Temperature, and calibration on the test set before and after it."""
+    rows, shown = [], []
+    for run in records.study.runs:
+        seeds = records.calibration[records.calibration.run == run]
+        row: dict[str, Any] = {"run": run, "seeds": len(seeds)}
+        cells = {"run": run, "seeds": str(len(seeds)), "temperature": ""}
+        for measure in ("temperature", "nll", "nll_scaled", "ece", "ece_scaled"):
+            interval = over_seeds(records, seeds[measure])
+            name, _, scaled = measure.partition("_")
+            label = "temperature" if name == "temperature" else LABELS[name] + (", scaled" if scaled else "")
+            row |= spread(measure, interval)
+            cells[label] = _measure(name, interval)
+        rows.append(row)
+        shown.append(cells)
+    caption = (
+        "Calibration on the test set, before and after the logits are divided by a temperature, which is fitted on the "
+        f"validation images: mean over seeds and {level(records)} interval. A run without a temperature (right on all "
+        "validation images, or no better than chance) has none."
+    )
+    return Table("calibration", caption, pd.DataFrame(rows), pd.DataFrame(shown))
 
 
 def comparisons_table(records: Records) -> Table:
@@ -411,6 +434,8 @@ def build(records: Records, report: Report) -> list[Table]:
     tables.append(similarity_table(records, report))
     if "digits" in sets:
         tables.append(ood_table(records))
+    if {"validation", "test"} <= set(sets):
+        tables.append(calibration_table(records))
     return [
         *tables,
         comparisons_table(records),
@@ -476,7 +501,7 @@ def _measure(measure: str, interval: Interval) -> str:
     return per_cent(interval) if measure in ("accuracy", "top5", "ece") else plain(interval)
 
 
-def _over_seeds(records: Records, values: Any) -> Interval:
+def over_seeds(records: Records, values: Any) -> Interval:
     """Mean and interval; NaN where the measure is not defined for every seed (top-5 of few classes)."""
     values = np.asarray(values, dtype=float)
     if not np.isfinite(values).all():
