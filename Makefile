@@ -23,7 +23,7 @@ study: setup
 
 # Tests run on two workers with a thread each: two teams of threads on two cores wait for each other.
 test: setup postgresql
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=30
 
 check: setup
 	ruff format --check .

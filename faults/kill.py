@@ -1,11 +1,14 @@
 """Kills the smoke study again and again until it is through, and compares it with one that nobody disturbed.
 
-    python faults/kill.py FOLDER [--kills 100] [--seed 0] [--stages train,cache] [--small]
+    python faults/kill.py FOLDER [--kills 100] [--seed 0] [--stages train,cache] [--small] [--jobs 2]
 
 Two copies of this repository are made in FOLDER. In one the study runs undisturbed; in the other a
 signal ends it, at a random moment of a stage or inside of a write, and it is started again, until every family of
 stages has had its share of the kills. Then weights, predictions, cache and metrics of the two must be equal to
 the bit, and nothing may be left behind: no process, no lock, no temporary file, no run that MLflow takes for alive.
+
+With --jobs both run as `make study` does, several stages at a time, and are struck at random moments, whatever is at
+work then.
 """
 
 from __future__ import annotations
@@ -68,6 +71,9 @@ class Study:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, folder / name)
         if small:
+            shutil.rmtree(
+                folder / "studies" / "full", ignore_errors=True
+            )  # each DVC would read it, for seconds
             params = yaml.safe_load((folder / PARAMS).read_text())
             params["runs"] = {name: params["runs"][name] for name in ("scratch", "distill")}
             params["evaluation"] |= {"sets": ["validation", "test"]}
@@ -78,10 +84,10 @@ class Study:
         # Debian's sh stays between DVC and the stage, unless the command in dvc.yaml sees to it.
         return {**os.environ, "PYTHONPATH": str(self.folder / "src"), "SHELL": "/bin/sh", MARK: mark}
 
-    def start(self) -> Run:
-        """As `make study` does: a look at params.yaml and at what a kill has left, then DVC."""
+    def start(self, jobs: int = 0) -> Run:
+        """As `make study` does: a look at params.yaml and at what a kill has left, then DVC, or several with jobs."""
         self.check()
-        return Run(self)
+        return Run(self, jobs)
 
     def check(self) -> None:
         subprocess.run(
@@ -110,15 +116,26 @@ class Study:
 
 
 class Run:
-    """One `dvc repro` in a session of its own."""
+    """One `dvc repro` in a session of its own, or with jobs what starts several."""
 
-    def __init__(self, study: Study) -> None:
+    def __init__(self, study: Study, jobs: int = 0) -> None:
         self.study, self.mark = study, uuid.uuid4().hex
         self.output: list[str] = []
         self.stage, self.since = "", time.monotonic()  # the stage that runs, and since when
         self.locking = threading.Event()  # set while DVC writes its lock file
         self.changed = threading.Condition()
-        self.process = study.begin("dvc", "repro", GRAPH, mark=self.mark, session=True)
+        several = (
+            sys.executable,
+            "-m",
+            "attention_transfer",
+            "repro",
+            "--params",
+            PARAMS,
+            "--jobs",
+            str(jobs),
+        )
+        command = several if jobs else ("dvc", "repro", GRAPH)
+        self.process = study.begin(*command, mark=self.mark, session=True)
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
@@ -200,10 +217,39 @@ class Run:
         return code
 
 
-def undisturbed(study: Study) -> dict[str, float]:
+def harried(study: Study, count: int, jobs: int, seconds: float, seed: int) -> list[Kill]:
+    """Strikes the study at random moments, so many times, and lets it end; all parts of it have their turn.
+
+    Args:
+        seconds: that it takes if nobody disturbs it.
+    """
+    chance, kills = random.Random(seed), list[Kill]()
+    while True:
+        run = study.start(jobs)
+        until = run.since + chance.uniform(0.02, 0.25) * seconds
+        number, target = chance.choice(SIGNALS), chance.choice(TARGETS)
+        more = len(kills) < count
+        while run.process.poll() is None and not (more and time.monotonic() > until):
+            time.sleep(0.01)
+        struck = run.process.poll() is None and run.strike(target, number)
+        if struck:
+            kill = Kill(run.stage, "moment", target, number.name, round(time.monotonic() - run.since, 3))
+            kills.append(kill)
+            print(f"{len(kills):4} {kill}", flush=True)
+        code = run.end()
+        assert code == 0 or struck, f"failed by itself:\n{''.join(run.output[-25:])}"
+        if code == 0 and struck:
+            kills.pop()  # too late: it was through
+        if code == 0 and not more:
+            return kills
+        if code == 0:  # before it had its share
+            forget(study, chance.choice(FAMILIES))
+
+
+def undisturbed(study: Study, jobs: int = 0) -> dict[str, float]:
     """Runs the study through: seconds of a stage, by family."""
     print("undisturbed run", flush=True)
-    run, began = study.start(), {}
+    run, began = study.start(jobs), {}
     for stage in run.stages():
         began[stage] = time.monotonic()
     assert run.end() == 0, "".join(run.output[-20:])
@@ -361,14 +407,21 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", default=",".join(FAMILIES), help="families to kill (default: all)")
     parser.add_argument("--small", action="store_true", help="a part of the study: two runs of one seed")
+    parser.add_argument("--jobs", type=int, default=0, help="stages at a time, as make study has it")
     options = parser.parse_args()
     chosen = options.stages.split(",")
     folder = options.folder.resolve()
     whole, killed = (Study(folder / name, small=options.small) for name in ("undisturbed", "killed"))
-    lasts = undisturbed(whole)
+    began = time.monotonic()
+    lasts = undisturbed(whole, options.jobs)
+    whole_seconds = time.monotonic() - began
     each, rest = divmod(options.kills, len(chosen))
     shares = {family: each + (index < rest) for index, family in enumerate(chosen)}
-    kills, completed = disturbed(killed, shares, lasts, options.seed)
+    if options.jobs:
+        kills = harried(killed, options.kills, options.jobs, whole_seconds, options.seed)
+        completed = Counter[str]()  # no stage is made twice
+    else:
+        kills, completed = disturbed(killed, shares, lasts, options.seed)
     differ, left = differing(whole, killed), left_behind(killed, completed)
     result = {
         "kills": [asdict(kill) for kill in kills],
@@ -376,6 +429,7 @@ def main() -> None:
         "differing": differ,
         "left_behind": left,
         "bit_identical": not differ,
+        "jobs": options.jobs,
     }
     (folder / "kills.json").write_text(json.dumps(result, indent=1))
     print(

@@ -29,11 +29,13 @@ def collect(folder: Path) -> dict[str, Any]:
     run = {
         "revision": subprocess.run(asked, check=True, capture_output=True, text=True).stdout.strip(),
         "bit_identical": kills["bit_identical"],
+        "jobs": kills["jobs"],
         "files_compared": kills["files"],
         "left_behind": kills["left_behind"],
         "killed": kills["kills"],
     }
-    return summary([run], json.loads((folder / "damages.json").read_text()))
+    damages = folder / "damages.json"
+    return summary([run], json.loads(damages.read_text()) if damages.exists() else [])
 
 
 def summary(runs: list[dict[str, Any]], damages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -83,9 +85,10 @@ def _kills(record: dict[str, Any]) -> list[str]:
 def _run(run: dict[str, Any]) -> str:
     identical = "all equal to the bit" if run["bit_identical"] else "**not all equal**"
     left = "; ".join(run["left_behind"]) or "nothing"
+    jobs = f", {run['jobs']} stages at a time" if run.get("jobs") else ""
     return (
-        f"Commit {run['revision'][:7]}: {len(run['killed'])} kills; {run['files_compared']} files of results compared "
-        f"with an undisturbed run's: {identical}. Left behind: {left}."
+        f"Commit {run['revision'][:7]}{jobs}: {len(run['killed'])} kills; {run['files_compared']} files of results "
+        f"compared with an undisturbed run's: {identical}. Left behind: {left}."
     )
 
 

@@ -5,6 +5,7 @@ the records of training alone, so that no test image can have a say.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -41,6 +42,12 @@ def table(study: config.Study) -> pd.DataFrame:
     return frame
 
 
+def _standard_error(choice: pd.DataFrame, study: config.Study) -> float:
+    """Of the lowest chosen accuracy, from the number of images alone."""
+    share = float(choice.loc[choice["chosen"], "validation_accuracy"].min())
+    return math.sqrt(share * (1 - share) / study.data.validation)
+
+
 def _weight(run: config.Run) -> float | None:
     """The weight of the run's transfer loss beside the task's, None where it has none."""
     loss = run.attention_loss or run.feature_loss or run.logit_loss
@@ -67,7 +74,9 @@ def main() -> None:
         shown = shown.where(choice.notna(), "")
         text = (
             f"Accuracy on the {study.data.validation} validation images, mean over seeds "
-            f"{', '.join(map(str, study.seeds))}; the best of each method is what params.yaml uses.\n\n"
+            f"{', '.join(map(str, study.seeds))}; the best of each method is what params.yaml uses. So many images "
+            f"have a standard error of {100 * _standard_error(choice, study):.1f} points: rows closer than that are "
+            "equal as far as they tell.\n\n"
             f"{shown.to_markdown(index=False)}\n"
         )
         write_text(folder / "choice.md", text)

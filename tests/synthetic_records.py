@@ -209,7 +209,7 @@ def _write_probe(folder: Path, position: int, numbers: Numbers) -> None:
 
 def _write_similarity(folder: Path, study: Study, numbers: Numbers) -> None:
     """A model's CKA with its teacher falls from 1 by a tenth a layer, that with the fine-tuned one is half of it."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"run": run, "seed": seed, "reference": reference, "layer": layer}
         | {"cka": (1 - layer / 10) * share, "divergence": 0.1 + seed / 100, "matched_divergence": 0.05}
         | {"distance": 9.0, "entropy": 2.0}
@@ -220,7 +220,15 @@ def _write_similarity(folder: Path, study: Study, numbers: Numbers) -> None:
     ]
     folder.mkdir(exist_ok=True)
     pd.DataFrame(rows).to_csv(folder / "layers.csv", index=False)
-    run_record.write(folder, _record("similarity", {}, numbers), [folder / "layers.csv"])
+    pd.DataFrame(
+        [
+            {key: row[key] for key in ("run", "seed", "reference", "layer")}
+            | {"reference_layer": other, "cka": row["cka"] - abs(other - row["layer"]) / 50}
+            for row in rows
+            for other in range(DEPTH)
+        ]
+    ).to_csv(folder / "cka.csv", index=False)
+    run_record.write(folder, _record("similarity", {}, numbers), [folder / "layers.csv", folder / "cka.csv"])
 
 
 def _write_training(

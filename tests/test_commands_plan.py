@@ -13,6 +13,7 @@ import tiny_study
 import yaml
 
 from attention_transfer import __main__ as command
+from attention_transfer.commands.forecast import of_experiment
 from attention_transfer.config import Study
 from attention_transfer.layout import Layout
 from attention_transfer.measuring import speeds
@@ -137,6 +138,23 @@ def test_times_are_those_of_the_schedule(tmp_path: Path, monkeypatch: pytest.Mon
         {"cache": 69 * 0.02 + 2 * 9 * (0.1 + 0.2 + 0.2), "online": 2 * 9 * (0.3 + 0.4 + 0.4)}
     )
     assert found.by_source["second"] == {}
+
+
+def test_an_experiment_takes_what_its_own_stages_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    whole = sets_of(study(**{"attention.source": "cache"}), "validation")
+    runs = {name: whole.runs[name] for name in ("run", "distill")}
+    more = whole.model_copy(update={"name": "tiny/more", "runs": runs, "seeds": (0, 1, 2)})
+    plans = forecast(whole, TINY, MEASURED).runs
+    trained = 3 * sum(plans[name].train + plans[name].predict for name in runs)
+    # resolve for each run; evaluate and similarity
+    assert of_experiment(more, MEASURED) == pytest.approx(trained + 3.0 * (2 + 2))
+    more._own_data = True
+    # of two teachers one is its own: half of what the caches of both would take
+    caches = 2 * 3 + 57 * 0.02 + 57 * 0.2
+    assert of_experiment(more, MEASURED) == pytest.approx(trained + 3.0 * (2 + 2 + 2) + caches / 2)
 
 
 def test_online_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -218,3 +218,4 @@ def test_the_estimate_is_of_the_families_that_were_measured() -> None:
     assert clock.left(stages, 2) == "at least 10 min to go"
     clock.add("predict@c-1", 120.0)
     assert clock.left(stages, 2) == "about 11 min to go"
+    assert clock.left([], 2) == "all done"

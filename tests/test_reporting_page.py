@@ -23,7 +23,7 @@ from attention_transfer.reporting.records import load
 HOSTILE = "<script>alert(1)</script>\"'|&"
 FIGURES = (
     *("main", "learning_curves", "ensembles", "ensemble_matrix"),
-    *("shift_severity", "shift_scatter", "contact_sheet", "attention_maps"),
+    *("shift_severity", "shift_scatter", "contact_sheet", "attention_maps", "cka", "divergence"),
 )
 
 

@@ -57,7 +57,8 @@ def forecast(arguments: argparse.Namespace) -> None:
     from attention_transfer import config
     from attention_transfer.commands import forecast
 
-    forecast.show(config.load(arguments.params), arguments.params, as_json=arguments.json)
+    found = config.experiments(arguments.params)
+    forecast.show(config.load(arguments.params), found, arguments.params, as_json=arguments.json)
 
 
 def detectable(arguments: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,58 @@ from attention_transfer.measuring.forecast import STARTED_ONLY, Forecast, foreca
 from attention_transfer.measuring.speeds import Speeds
 from attention_transfer.training import machine
 
+SECONDS_A_TEACHER, SECONDS_A_RUN = 8, 2  # roughly, on two cores
+OF_EXPERIMENTS = ("resolve", "train", "predict", "evaluate", "similarity")
 
-def show(study: Study, params_file: Path, *, as_json: bool) -> None:
-    """Measures, and prints the forecast as tables or as JSON."""
+
+def show(study: Study, experiments: Mapping[str, Study], params_file: Path, *, as_json: bool) -> None:
+    """Measures, and prints the forecast as tables or as JSON.
+
+    Args:
+        experiments: those that extend the study, by name.
+    """
     layout, device = Layout.of(study), machine.prepare()
-    print("measuring for about 20 s ..", file=sys.stderr)
+    everything = _with_runs_of(study, experiments)
+    seconds = SECONDS_A_TEACHER * len(everything.teachers) + SECONDS_A_RUN * len(everything.runs)
+    print(f"measuring for about {seconds} s ..", file=sys.stderr)
     near = layout.artifacts if layout.artifacts.is_dir() else Path()  # on the disk that the caches will be on
     with tempfile.TemporaryDirectory(prefix=f"{TEMPORARY}{os.getpid()}-", dir=near) as folder:
-        measured = speeds.measure(study, device, Path(folder))
+        measured = speeds.measure(everything, device, Path(folder))
     found = forecast(study, layout, measured)
+    more = {name: of_experiment(each, measured) for name, each in experiments.items()}
     print(
-        _json(study, device, measured, found)
+        _json(study, device, measured, found, more)
         if as_json
-        else _text(study, params_file, device, measured, found)
+        else _text(
+            study, params_file, device, measured, found, experiments=_experiments(experiments, found, more)
+        )
+    )
+
+
+def _with_runs_of(study: Study, experiments: Mapping[str, Study]) -> Study:
+    runs = {name: run for each in (study, *experiments.values()) for name, run in each.runs.items()}
+    return study.model_copy(update={"runs": runs})
+
+
+def of_experiment(experiment: Study, measured: Speeds) -> float:
+    """Seconds of the stages that an experiment has for itself."""
+    stages = forecast(experiment, Layout.of(experiment), measured).stages
+    if not experiment.own_data:
+        return sum(stages[name] for name in OF_EXPERIMENTS)
+    share = len(experiment.cached_teachers) / len(
+        experiment.teachers
+    )  # all of one shape, as far as this goes
+    return sum(stages[name] for name in (*OF_EXPERIMENTS, "data", "split")) + share * stages["cache"]
+
+
+def _experiments(experiments: Mapping[str, Study], found: Forecast, more: Mapping[str, float]) -> str:
+    rows = [[name, len(each.runs), len(each.seeds), _time(more[name])] for name, each in experiments.items()]
+    if not rows:
+        return ""
+    whole = found.seconds + sum(more.values())
+    headers = ["experiment", "runs", "seeds", "time"]
+    return _table(
+        "Experiments, by themselves", headers, [*rows, ["all, and the study", "", "", _time(whole)]]
     )
 
 
@@ -68,20 +108,31 @@ def statement(study: Study, device: torch.device, measured: Speeds, found: Forec
     return lines
 
 
-def _json(study: Study, device: torch.device, measured: Speeds, found: Forecast) -> str:
+def _json(
+    study: Study, device: torch.device, measured: Speeds, found: Forecast, more: Mapping[str, float]
+) -> str:
     values = {
         "study": study.name,
         "machine": {**provenance.machine(), "device": device.type, "threads": torch.get_num_threads()},
         "measured": asdict(measured),
         **asdict(found),
         "seconds": found.seconds,
+        "experiments": dict(more),
         "statement": statement(study, device, measured, found),
         "notes": _notes(study, found),
     }
     return json.dumps(values, indent=1, sort_keys=True, allow_nan=False)
 
 
-def _text(study: Study, params_file: Path, device: torch.device, measured: Speeds, found: Forecast) -> str:
+def _text(
+    study: Study,
+    params_file: Path,
+    device: torch.device,
+    measured: Speeds,
+    found: Forecast,
+    *,
+    experiments: str,
+) -> str:
     caches = [
         [teacher, which, part.rows, part.bytes, _time(part.seconds)]
         for teacher, sets in found.caches.items()
@@ -127,6 +178,7 @@ def _text(study: Study, params_file: Path, device: torch.device, measured: Speed
             runs,
         ),
         _table("Stages, all instances", ["stage", "time"], [*stages, ["all", _time(found.seconds)]]),
+        experiments,
         "\n".join(_notes(study, found)),
         "Measured: " + ";\n  ".join(statement(study, device, measured, found)) + ".",
     ]  # fmt: skip

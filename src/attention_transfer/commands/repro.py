@@ -92,6 +92,8 @@ class Clock:
 
     def left(self, stages: list[str], jobs: int) -> str:
         """Of these stages, as far as their families have been measured."""
+        if not stages:
+            return "all done"
         known = [self.seconds[name] for name in map(family, stages) if name in self.seconds]
         total = sum(sum(times) / len(times) for times in known) / jobs
         least = "at least " if len(known) < len(stages) else "about "

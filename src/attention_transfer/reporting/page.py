@@ -22,6 +22,7 @@ from attention_transfer.reporting import (
     figures,
     replication,
     robustness,
+    similarity_figures,
     tables,
 )
 from attention_transfer.reporting import experiments as experiment_records
@@ -46,7 +47,7 @@ SECTIONS: tuple[Section, ...] = (
     ),
     ("metrics", "Calibration and other measures", (), ("metrics", "calibration", "ood")),
     ("maps", "Where the models look", ("attention_maps",), ()),
-    ("similarity", "How alike the models are", (), ("similarity",)),
+    ("similarity", "How alike the models are", ("cka", "divergence"), ("similarity",)),
     ("comparisons", "Paired comparisons", (), ("comparisons",)),
     ("replication", "Other teachers, other labels", (), ("replication",)),
     ("cost", "What the methods cost", (), ("cost",)),
@@ -103,6 +104,7 @@ def build(
     all_tables.append(cost.table(records))
     all_tables += filter(None, (robustness.table(records, report), replication.table(records, more, report)))
     drawings = figures.build(records, report, artifacts) + experiment_figures.build(more, records, report)
+    drawings += similarity_figures.build(records, report)
     drawings += filter(None, (robustness.figure(records),))
     _remove_stale(out)
     tables.write(all_tables, out / "tables")

@@ -35,6 +35,7 @@ _SIMILARITY = [
     *("run", "seed", "reference", "layer"),
     *("cka", "divergence", "matched_divergence", "distance", "entropy"),
 ]
+_CKA = ["run", "seed", "reference", "layer", "reference_layer", "cka"]
 _CURVE = ["epoch", "step", "task_loss", "attention_loss", "learning_rate", "validation_accuracy"]
 _SOME_CURVES = ("feature_loss", "logit_loss")
 
@@ -61,6 +62,8 @@ class Records:
     """Test set, before and after temperature scaling; empty unless the study predicts on validation images too."""
     similarity: pd.DataFrame
     """One row per run, seed, reference (`teacher`, `finetune`) and layer."""
+    cka: pd.DataFrame
+    """One row per run, seed, reference, layer and layer of the reference."""
     probes: dict[str, dict[str, Any]]
     """By teacher, metrics.json of its probe."""
     recipes: dict[str, dict[str, Any]]
@@ -134,7 +137,8 @@ def load(study: Study, metrics: Path) -> Records:
         ensembles=_ensembles(study, evaluate / "ensembles.csv"),
         comparisons=_comparisons(study, evaluate / "comparisons.csv"),
         calibration=_calibration(study, evaluate / "calibration.csv"),
-        similarity=_similarity(study, metrics / "similarity" / "layers.csv"),
+        similarity=_similarity(study, metrics / "similarity" / "layers.csv", _SIMILARITY),
+        cka=_similarity(study, metrics / "similarity" / "cka.csv", _CKA),
         probes={teacher: _probe(metrics / "probe" / teacher, teacher) for teacher in study.teachers},
         recipes={run: runs[run, study.seeds[0]][1]["params"] for run in study.runs},
         stages=pd.DataFrame(
@@ -317,8 +321,8 @@ def _each_pair_once(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[~pd.Series(models, index=rows.index).duplicated()]
 
 
-def _similarity(study: Study, path: Path) -> pd.DataFrame:
-    frame = read_table(path, "similarity", _SIMILARITY)
+def _similarity(study: Study, path: Path, columns: list[str]) -> pd.DataFrame:
+    frame = read_table(path, "similarity", columns)
     frame = frame[[pair in study.grid for pair in zip(frame["run"], frame["seed"], strict=True)]]
     known = set(zip(frame["run"], frame["seed"], strict=True))
     for run, seed in study.grid if _predicts(study, "test") else ():
