@@ -18,6 +18,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 from types import FrameType
 
+from attention_transfer.commands.progress import Display
 from attention_transfer.errors import StudyError
 
 THREADS = "ATTENTION_TRANSFER_THREADS"  # see training/machine.py, which takes torch with it
@@ -106,10 +107,11 @@ def family(stage: str) -> str:
 
 
 class Worker:
-    """One DVC at a batch of stages; its lines are shown with its number before them."""
+    """One DVC at a batch of stages, whose lines are shown with its number."""
 
-    def __init__(self, number: int, stages: list[str], threads: int, clock: Clock) -> None:
-        self.number, self.stages, self.threads, self.clock = number, stages, threads, clock
+    def __init__(self, number: int, stages: list[str], threads: int, clock: Clock, display: Display) -> None:
+        self.number, self.stages, self.threads = number, stages, threads
+        self.clock, self.display = clock, display
         self.process = subprocess.Popen(
             [sys.executable, "-c", DVC, "dvc", "--wait-for-lock", "repro", "--single-item", *stages],
             env={THREADS: str(threads), **os.environ},
@@ -125,7 +127,7 @@ class Worker:
         assert self.process.stdout is not None
         stage, since = "", 0.0
         for line in self.process.stdout:
-            print(f"[{self.number}] {line}", end="", flush=True)
+            self.display.line(self.number, line)
             if stage and re.match(r"Updating lock file|Stage '|Running stage '|Use `dvc push`", line):
                 self.clock.add(stage, time.monotonic() - since)
                 stage = ""
@@ -150,16 +152,16 @@ def repro(graph: Path, jobs: int, only: str | None = None) -> int:
         StudyError: there is no such graph, or it cannot be read.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    queue, clock = Queue(_order(graph, only), jobs, cores), Clock()
+    queue, clock, display = Queue(_order(graph, only), jobs, cores), Clock(), Display()
     workers: list[Worker] = []
     failed = 0
-    print(f"{graph}: {queue.total} stages, up to {jobs} at a time on {cores} cores", flush=True)
+    display.say(f"{graph}: {queue.total} stages, up to {jobs} at a time on {cores} cores")
     with _stop_signals(workers) as stopped:
         while workers or (queue.waiting and not failed and not stopped()):
             free = [number for number in range(1, jobs + 1) if number not in {w.number for w in workers}]
             busy = sum(worker.threads for worker in workers)
             if free and not failed and not stopped() and (stages := queue.take(busy)):
-                workers.append(Worker(free[0], stages, queue.threads[family(stages[0])], clock))
+                workers.append(Worker(free[0], stages, queue.threads[family(stages[0])], clock, display))
                 continue
             time.sleep(TICK)
             for worker in [worker for worker in workers if worker.process.poll() is not None]:
@@ -170,7 +172,7 @@ def repro(graph: Path, jobs: int, only: str | None = None) -> int:
                     continue
                 queue.finish(worker.stages)
                 left = [*queue.waiting, *(stage for other in workers for stage in other.stages)]
-                print(f"{queue.done} of {queue.total} stages: {clock.left(left, jobs)}", flush=True)
+                display.say(f"{queue.done} of {queue.total} stages: {clock.left(left, jobs)}")
     return 128 + stopped() if stopped() else failed
 
 
