@@ -57,8 +57,8 @@ def _cka(records: Records, report: Report) -> Drawing:
     figure.colorbar(shown, ax=panels, label="CKA", shrink=0.8)
     caption = (
         "Linear CKA of the mean of the patch tokens behind every layer, between a run's layers and those of its "
-        "teacher or of the fine-tuned student of the same seed, on the same test images; mean over seeds. Layers are counted "
-        "from 0 at the input."
+        "teacher or of the fine-tuned student of the same seed, on the same test images; mean over seeds. Layers are "
+        "counted from 0 at the input."
     )
     return Drawing("cka", caption, figure)
 
