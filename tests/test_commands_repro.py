@@ -14,7 +14,7 @@ import psutil
 import pytest
 import yaml
 
-from attention_transfer.commands.repro import THREADS, Clock, Queue, family, repro
+from attention_transfer.commands.repro import LARGEST_BATCH, THREADS, Clock, Queue, family, repro
 from attention_transfer.errors import StudyError
 
 WIDE = 6
@@ -167,7 +167,7 @@ def test_a_batch_leaves_work_for_the_others() -> None:
     assert queue.take(2) == []
     queue.finish(["a"])
     first = queue.take(0)
-    assert len(first) == 40 // 4
+    assert len(first) == LARGEST_BATCH
     assert queue.take(1)[0] not in first
     order: list[str] = []
     while taken := queue.take(1):

@@ -61,7 +61,7 @@ class Queue:
         self.threads = {kind: max(1, self.cores // min(self.jobs, count)) for kind, count in kinds.items()}
 
     def take(self, busy: int) -> list[str]:
-        """Stages for one DVC: alike in threads, and few enough that each of `jobs` gets some, twice over.
+        """Stages for one DVC: alike in threads, and its share of those that are ready.
 
         Args:
             busy: threads of the stages at work. Two teams of threads on the same cores wait for each other: what
@@ -71,7 +71,7 @@ class Queue:
         free = self.cores - busy
         wanted = next((n for stage in ready if (n := self.threads[family(stage)]) <= free or not busy), 0)
         alike = [stage for stage in ready if self.threads[family(stage)] == wanted]
-        count = max(1, min(LARGEST_BATCH, len(alike) // (2 * self.jobs)))
+        count = max(1, min(LARGEST_BATCH, len(alike) // self.jobs))
         for stage in alike[:count]:
             del self.waiting[stage]
         return alike[:count]
