@@ -95,7 +95,6 @@ def _shown(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "claim": frame["claim"],
-            "effect": frame["effect"],
             "seeds": frame["seeds"].map(str),
             "its standard deviation, points": (100 * frame["standard_deviation"]).map("{:.2f}".format),
             "smallest detectable, points": (100 * frame["smallest_detectable"]).map("{:.2f}".format),

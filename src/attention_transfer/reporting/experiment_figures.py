@@ -92,6 +92,8 @@ def _rows(experiment: Experiment, records: Records, report: Report) -> Drawing:
             axes.axvline(end, color=METHOD_COLOURS[records.study.runs[run].method], linestyle="--", zorder=1)
         caption += f" Dashed: the main comparison's {report.scratch} and {report.finetune}, means."
     name_rows(axes, list(study.runs), include=ends)
+    low, high = axes.get_xlim()
+    axes.set_xlim(low - 0.03 * (high - low), high + 0.03 * (high - low))  # the lines are not the edges
     axes.set_xlabel("test accuracy, %")
     return _drawing(experiment, caption, figure)
 
