@@ -108,11 +108,17 @@ class Study:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=session,
+            preexec_fn=heed_interrupts,
         )
 
     def temporaries(self) -> set[Path]:
         """Unfinished files."""
         return {path for root in TEMPORARY for path in (self.folder / root).rglob(".tmp-*")}
+
+
+def heed_interrupts() -> None:
+    """What a shell starts in the background ignores SIGINT, and hands that on to its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Run:
@@ -354,8 +360,11 @@ def contents(study: Study) -> dict[str, bytes]:
 def differing(first: Study, second: Study) -> list[str]:
     """Results that are not equal to the bit, or not in both."""
     a, b = contents(first), contents(second)
-    # The report's table of times is that of the runs' own records.
-    return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name) and "/time." not in name)
+    # The report's tables of times and costs are those of the runs' own records.
+    timed = ("time.csv", "time.md", "cost.csv", "cost.md")
+    return sorted(
+        name for name in a.keys() | b.keys() if a.get(name) != b.get(name) and not name.endswith(timed)
+    )
 
 
 def left_behind(study: Study, completed: Counter[str]) -> list[str]:
