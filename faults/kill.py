@@ -108,17 +108,11 @@ class Study:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=session,
-            preexec_fn=heed_interrupts,
         )
 
     def temporaries(self) -> set[Path]:
         """Unfinished files."""
         return {path for root in TEMPORARY for path in (self.folder / root).rglob(".tmp-*")}
-
-
-def heed_interrupts() -> None:
-    """What a shell starts in the background ignores SIGINT, and hands that on to its children."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Run:
@@ -418,6 +412,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a part of the study: two runs of one seed")
     parser.add_argument("--jobs", type=int, default=0, help="stages at a time, as make study has it")
     options = parser.parse_args()
+    # What a shell starts in the background ignores SIGINT, and hands that on to its children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     chosen = options.stages.split(",")
     folder = options.folder.resolve()
     whole, killed = (Study(folder / name, small=options.small) for name in ("undisturbed", "killed"))
