@@ -228,10 +228,11 @@ def harried(study: Study, count: int, jobs: int, seconds: float, seed: int) -> l
         run = study.start(jobs)
         until = run.since + chance.uniform(0.02, 0.25) * seconds
         number, target = chance.choice(SIGNALS), chance.choice(TARGETS)
-        more = len(kills) < count
-        while run.process.poll() is None and not (more and time.monotonic() > until):
+        more, struck = len(kills) < count, False
+        while run.process.poll() is None and not struck:
             time.sleep(0.01)
-        struck = run.process.poll() is None and run.strike(target, number)
+            # Between two stages there is none to be struck: then the next.
+            struck = more and time.monotonic() > until and run.strike(target, number)
         if struck:
             kill = Kill(run.stage, "moment", target, number.name, round(time.monotonic() - run.since, 3))
             kills.append(kill)
