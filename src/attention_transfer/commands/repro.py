@@ -168,7 +168,11 @@ def repro(graph: Path, jobs: int, only: str | None = None) -> int:
                 workers.remove(worker)
                 worker.reader.join(PATIENCE)
                 if worker.process.returncode:
-                    failed = worker.process.returncode
+                    # The others may have stages for hours before them; those at work save their state.
+                    for other in workers if not failed else ():
+                        display.say(f"[{other.number}] is stopped, since [{worker.number}] has failed")
+                        other.process.terminate()
+                    failed = failed or worker.process.returncode
                     continue
                 queue.finish(worker.stages)
                 left = [*queue.waiting, *(stage for other in workers for stage in other.stages)]
