@@ -24,7 +24,7 @@ began = time.time()
 name = sys.argv[1]
 time.sleep(1.0)
 text = "".join(pathlib.Path(path).read_text() for path in sys.argv[2:])
-if "bad" in text: sys.exit(3)
+if "bad" in text or pathlib.Path("fail-" + name).exists(): sys.exit(3)
 with open("log.jsonl", "a") as log:
     log.write(json.dumps([name, began, time.time(), os.environ.get("ATTENTION_TRANSFER_THREADS")]) + chr(10))
 pathlib.Path(name).write_text(text + name)
@@ -109,6 +109,20 @@ def test_a_stage_that_fails_ends_it_and_what_is_done_stays_done(repository: Path
     Path("source").write_text("good")
     assert repro(GRAPH, 2) == 0
     assert len(log()) == WIDE + 2
+
+
+@pytest.mark.slow
+def test_where_one_fails_the_others_do_not_go_on_to_their_next_stage(repository: Path) -> None:
+    Path("fail-middle-0").touch()
+    assert repro(GRAPH, 2) != 0
+    time.sleep(1.5)  # these stages do not die with their DVC, as the study's do: they end by themselves
+    assert len(log()) < WIDE
+    assert {"middle-0", "last"} & set(log()) == set()
+    Path("fail-middle-0").unlink()
+    Path("log.jsonl").unlink()
+    assert repro(GRAPH, 2) == 0
+    assert {"middle-0", "last"} <= set(log())
+    assert Path("last").exists()
 
 
 def words(process: psutil.Process) -> list[str]:
