@@ -63,8 +63,9 @@ def render(record: dict[str, Any], promises: str) -> str:
 def _kills(record: dict[str, Any]) -> list[str]:
     killed = [kill for run in record["runs"] for kill in run["killed"]]
     families = Counter(kill["stage"].partition("@")[0] for kill in killed)
+    names = {"": "before the first stage"}
     rows = [
-        f"| {family} | {count} | "
+        f"| {names.get(family, family)} | {count} | "
         + " | ".join(
             str(sum(kill["stage"].partition("@")[0] == family and kill[key] == value for kill in killed))
             for key, value in COLUMNS
