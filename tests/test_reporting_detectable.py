@@ -61,6 +61,7 @@ def test_experiments_of_the_full_study_are_judged_before_they_run(pilot: Records
     assert np.isfinite(found["smallest_detectable"]).all()
 
 
+@pytest.mark.slow
 def test_the_command_needs_a_study_that_has_run(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "attention_transfer", "detectable", "--params", ROOT / "presets" / "full.yaml",

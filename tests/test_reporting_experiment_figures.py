@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from attention_transfer.reporting.figures import Drawing
 from attention_transfer.reporting.records import Records, load
 
 FULL = Path(__file__).parents[1] / "presets" / "full.yaml"
+full = functools.cache(lambda: config.experiments(FULL))  # it takes most of a second
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +29,7 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Records:
 
 def experiment(name: str) -> Experiment:
     """One of the full study's, with accuracies in the order of its runs."""
-    study = config.experiments(FULL)[name]
+    study = full()[name]
     accuracy = {
         run: {seed: 0.8 + 0.001 * place + 0.0005 * seed for seed in study.seeds}
         for place, run in enumerate(study.runs)
@@ -71,6 +73,7 @@ def test_lines_run_from_scratch_to_the_main_comparison(
             assert heights[2] == pytest.approx(100 * np.mean(gains) / gap)
 
 
+@pytest.mark.slow
 def test_every_family_has_its_five_bars(records: Records) -> None:
     (axes,) = drawn(records, "families").figure.axes
     bars = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
@@ -82,6 +85,7 @@ def test_every_family_has_its_five_bars(records: Records) -> None:
     assert bars[0].get_height() == pytest.approx(100 * np.mean(gains))
 
 
+@pytest.mark.slow
 def test_other_experiments_have_a_row_for_every_run(records: Records) -> None:
     for name in ("qkv", "task_data"):
         (axes,) = drawn(records, name).figure.axes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from attention_transfer.reporting.experiments import Experiment
 from attention_transfer.reporting.records import Records, load
 
 FULL = Path(__file__).parents[1] / "presets" / "full.yaml"
+full = functools.cache(lambda: config.experiments(FULL))  # it takes most of a second
 METHODS = ("scratch", "finetune", "copy", "distill")
 NAMES = ("teachers", "draw_1", "draw_2")
 
@@ -37,7 +39,7 @@ def records_of(folder: Path, accuracy: dict[str, list[float]]) -> Records:
 
 
 def experiments_of(accuracy: dict[str, list[float]], names: tuple[str, ...] = NAMES) -> list[Experiment]:
-    studies = config.experiments(FULL)
+    studies = full()
     return [
         Experiment(name, studies[name], {run: dict(enumerate(accuracy[run])) for run in studies[name].runs})
         for name in names
@@ -45,7 +47,7 @@ def experiments_of(accuracy: dict[str, list[float]], names: tuple[str, ...] = NA
 
 
 def test_the_full_study_has_a_run_for_every_cell(accuracy: dict[str, list[float]]) -> None:
-    studies = config.experiments(FULL)
+    studies = full()
     runs = {*METHODS, *(run for name in NAMES for run in studies[name].runs)}
     assert set(accuracy) == runs
     for name, draw in (("teachers", 0), ("draw_1", 1), ("draw_2", 2)):
