@@ -780,6 +780,7 @@ def outcome_of(path: Path, mutation: Any) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_random_values_give_a_study_or_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """3000 files; the text is left out, as parsing it takes ten times as long as checking it."""
     path = tmp_path / "params.yaml"
@@ -798,6 +799,7 @@ def test_random_values_give_a_study_or_one_message(tmp_path: Path, monkeypatch: 
     assert 30 < loaded < 1500
 
 
+@pytest.mark.slow
 def test_random_texts_give_a_study_or_one_message(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     text = (ROOT / "presets" / "smoke.yaml").read_text(encoding="utf-8")

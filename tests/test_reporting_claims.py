@@ -174,6 +174,7 @@ def test_p_values_agree_with_the_intervals(
         assert found.p_value == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_the_p_value_of_copy_is_below_5_percent_where_fiellers_interval_leaves_half_the_gap(
     tmp_path: Path,
 ) -> None:

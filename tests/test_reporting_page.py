@@ -69,6 +69,7 @@ def parse(html: str) -> Tags:
     return tags
 
 
+@pytest.mark.slow
 def test_the_page_needs_no_network_and_no_other_file_to_be_seen(report: Path) -> None:
     html = (report / "report.html").read_text()
     tags = parse(html)
@@ -84,6 +85,7 @@ def test_the_page_needs_no_network_and_no_other_file_to_be_seen(report: Path) ->
     assert 'name="viewport"' in html
 
 
+@pytest.mark.slow
 def test_links_lead_somewhere(report: Path) -> None:
     tags = parse((report / "report.html").read_text())
     anchors = {value for _, key, value in tags.attributes if key == "id"}
@@ -97,6 +99,7 @@ def test_links_lead_somewhere(report: Path) -> None:
         assert target == "../tune/" or (report / target).exists(), target
 
 
+@pytest.mark.slow
 def test_text_from_records_and_params_is_escaped(report: Path) -> None:
     html = (report / "report.html").read_text()
     assert html.count("&lt;script&gt;alert(1)") >= 3, "source, version and revision are shown"
@@ -104,6 +107,7 @@ def test_text_from_records_and_params_is_escaped(report: Path) -> None:
         assert "<script" not in (report / name).read_text()
 
 
+@pytest.mark.slow
 def test_the_page_says_what_it_must(report: Path) -> None:
     for name in ("report.html", "report.md"):
         text = " ".join((report / name).read_text().split())
@@ -124,6 +128,7 @@ def test_the_page_says_what_it_must(report: Path) -> None:
         assert "Not tested" not in text
 
 
+@pytest.mark.slow
 def test_claims_json(report: Path) -> None:
     claims = json.loads((report / "claims.json").read_text())
     assert {claim["experiment"] for claim in claims} == {"main", "ensemble", "shift"}
@@ -135,6 +140,7 @@ def test_claims_json(report: Path) -> None:
         assert claim["verdict"] in ("supported", "contradicted", "not resolved")
 
 
+@pytest.mark.slow
 def test_figures_are_there_and_not_blank(report: Path) -> None:
     assert {path.name for path in (report / "figures").iterdir()} == {
         f"{name}.{form}" for name in FIGURES for form in ("png", "svg")
@@ -150,6 +156,7 @@ def test_figures_are_there_and_not_blank(report: Path) -> None:
         assert "<dc:date>" not in (report / "figures" / f"{name}.svg").read_text()
 
 
+@pytest.mark.slow
 def test_every_table_is_written_twice(report: Path) -> None:
     names = {path.stem for path in (report / "tables").glob("*.csv")}
     assert names == {path.stem for path in (report / "tables").glob("*.md")}

@@ -359,6 +359,7 @@ def test_a_short_read_goes_on(cache: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(read_all(cache), expected)
 
 
+@pytest.mark.slow
 def test_readers_close_their_files(cache: Path) -> None:
     def opened() -> int:
         gc.collect()  # of those that other tests have left
