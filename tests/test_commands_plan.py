@@ -152,9 +152,8 @@ def test_an_experiment_takes_what_its_own_stages_take(
     # resolve for each run; evaluate and similarity
     assert of_experiment(more, MEASURED) == pytest.approx(trained + 3.0 * (2 + 2))
     more._own_data = True
-    # of two teachers one is its own: half of what the caches of both would take
-    caches = 2 * 3 + 57 * 0.02 + 57 * 0.2
-    assert of_experiment(more, MEASURED) == pytest.approx(trained + 3.0 * (2 + 2 + 2) + caches / 2)
+    # data and split; of two teachers one is its own: that cache alone
+    assert of_experiment(more, MEASURED) == pytest.approx(trained + 3.0 * (2 + 2 + 2) + 3 + 57 * 0.02)
 
 
 def test_online_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,9 @@ NOISY = (0.80, 0.84, 0.88)
         ("shift/distill_falls_below", Numbers(drop={"distill": 0.15}), "supported"),
         ("shift/distill_falls_below", Numbers(drop={"distill": 0.05}), "contradicted"),
         ("shift/distill_falls_below", Numbers(), "not resolved"),
+        ("shift/below_at_matched_accuracy", Numbers(drop={"distill": 0.15}), "supported"),
+        ("shift/below_at_matched_accuracy", Numbers(drop={"distill": 0.05}), "contradicted"),
+        ("shift/below_at_matched_accuracy", Numbers(), "not resolved"),
     ],
 )
 def test_verdict(tmp_path: Path, claim: str, numbers: Numbers, verdict: str) -> None:

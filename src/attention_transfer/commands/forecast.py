@@ -26,6 +26,7 @@ from attention_transfer.training import machine
 
 SECONDS_A_TEACHER, SECONDS_A_RUN = 8, 2  # roughly, on two cores
 OF_EXPERIMENTS = ("resolve", "train", "predict", "evaluate", "similarity")
+OF_DATA = ("data", "split", "cache")  # beside those, of an experiment with data of its own
 
 
 def show(study: Study, experiments: Mapping[str, Study], params_file: Path, *, as_json: bool) -> None:
@@ -60,12 +61,7 @@ def _with_runs_of(study: Study, experiments: Mapping[str, Study]) -> Study:
 def of_experiment(experiment: Study, measured: Speeds) -> float:
     """Seconds of the stages that an experiment has for itself."""
     stages = forecast(experiment, Layout.of(experiment), measured).stages
-    if not experiment.own_data:
-        return sum(stages[name] for name in OF_EXPERIMENTS)
-    share = len(experiment.cached_teachers) / len(
-        experiment.teachers
-    )  # all of one shape, as far as this goes
-    return sum(stages[name] for name in (*OF_EXPERIMENTS, "data", "split")) + share * stages["cache"]
+    return sum(stages[name] for name in (*OF_EXPERIMENTS, *(OF_DATA if experiment.own_data else ())))
 
 
 def _experiments(experiments: Mapping[str, Study], found: Forecast, more: Mapping[str, float]) -> str:

@@ -85,12 +85,12 @@ def forecast(study: Study, layout: Layout, measured: Speeds) -> Forecast:
     """From speeds to times: a pure function but for the images that are counted where they exist."""
     train_images, test_images, counted = plan.image_counts(layout)
     sources = {name: plan.attention_source(study, name) for name in study.teachers}
-    caches = {name: _cache(study, layout, measured, name, test_images) for name in study.teachers}
+    caches = {name: _cache(study, layout, measured, name, test_images) for name in study.cached_teachers}
     runs = {name: _run(study, measured, name, sources, test_images) for name in study.runs}
     seeds, start = len(study.seeds), measured.start
     written = {
-        name: sum(part.seconds for part in caches[name].values()) if sources[name].source == "cache" else 0.0
-        for name in study.teachers
+        name: sum(part.seconds for part in cache.values()) if sources[name].source == "cache" else 0.0
+        for name, cache in caches.items()
     }
     stages = {
         "pretrain": sum(start + _pretraining(study, measured, name, train_images) for name in study.teachers),
@@ -101,7 +101,7 @@ def forecast(study: Study, layout: Layout, measured: Speeds) -> Forecast:
         "resolve": start * len(study.runs),
         **dict.fromkeys(STARTED_ONLY, start),
     }
-    by_source = {name: _by_source(study, runs, caches[name], name) for name in study.teachers}
+    by_source = {name: _by_source(study, runs, cache, name) for name, cache in caches.items()}
     return Forecast(sources, caches, runs, stages, by_source, (train_images, test_images), counted)
 
 
