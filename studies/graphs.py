@@ -1,15 +1,17 @@
-"""Writes what can be told of the graphs: the code that stages depend on, and the graph of experiments.
+"""Writes what can be told of the graphs: the code that stages depend on, and the graphs of experiments.
 
     python studies/graphs.py
 
-In dvc.yaml each stage lists the library files that its script imports, directly or not. experiment.yaml is made of
-those stages of dvc.yaml that an experiment has for itself, experiment_with_data.yaml of those of an experiment with
-data of its own; an experiment's folder holds links to one of them and to the experiment's params, and where.yaml.
-Run it after imports or stages have changed; a test tells when.
+In dvc.yaml each stage lists the library files that its script imports, directly or not. studies/<study>/dvc.yaml is
+a link to it, or, so that a run waits for its own teachers only, a copy that names these; such a copy is written
+anew. studies/<study>/<experiment>/ is written for each experiment that the study names: dvc.yaml has those stages
+that an experiment has for itself, where.yaml its paths, params.yaml is a link to the experiment's file.
+Run it after imports, stages, experiments or their teachers have changed; `check` and a test tell when.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -17,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from attention_transfer import provenance  # noqa: E402
+from attention_transfer import config, provenance  # noqa: E402
+from attention_transfer.config import Study  # noqa: E402
 
 OF_EXPERIMENTS = ("resolve", "train", "predict", "evaluate", "similarity")
 OF_DATA = ("data", "split", "cache")  # beside those, of an experiment with data of its own
@@ -25,12 +28,14 @@ OF_DATA = ("data", "split", "cache")  # beside those, of an experiment with data
 # most of it.
 BY_ROOM = ("train", "predict", "finetuned")
 OWN_PARAMS = ("seeds", "runs", "ensembles")
-HEADER = """# Written by studies/graphs.py from dvc.yaml: the stages that each experiment of a study has for itself.
+HEADER = """# Written by studies/graphs.py from dvc.yaml: the stages that an experiment has for itself.
 # {shared} are the study's.
 vars:
   - where.yaml
 
 stages:
+"""
+COPY = """# Written by studies/graphs.py: dvc.yaml with the teachers that the study's own runs use.
 """
 
 
@@ -105,27 +110,79 @@ def _by_file(asked: list[str], *, own_data: bool) -> dict[str, list[str]]:
     return {"params": list(dict.fromkeys(own)), "shared": shared}
 
 
-def graphs() -> dict[Path, str]:
-    """The text of each graph, as it should be."""
+def of_teachers(stage: str, block: str, study: Study) -> str:
+    """The stage with the teachers that it uses in place of all, and without fine-tuned ones where no run has any."""
+    used = study.finetuned_from if stage == "finetuned" else study.transferred_from
+    for pattern, names in (
+        (r"(?m)^( +- runs/\S+?/teachers)\n", [f"/{name}" for name in used]),
+        (r"(?m)^( +- runs/\S+?/finetuned)\n", [""] if study.has_logit_losses else []),
+    ):
+        block = re.sub(pattern, "".join(rf"\1{name}\n" for name in names), block)
+    if stage == "resolve":  # its params
+        block = re.sub(r"(?m)^( +- teachers)\n", "".join(rf"\1.{name}\n" for name in used), block)
+    return block
+
+
+def files() -> dict[Path, str]:
+    """The text of each graph and of each experiment's where.yaml, as it should be."""
     whole = blocks((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
     whole = {name: with_code(name, block) if name else block for name, block in whole.items()}
-    folder = ROOT / "studies"
+    found = {ROOT / "dvc.yaml": "".join(whole.values())}
+    for file in (ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))):
+        study, folder = config.load(file), ROOT / "studies" / config.load(file).name
+        if (folder / "dvc.yaml").exists() and not (folder / "dvc.yaml").is_symlink():
+            found[folder / "dvc.yaml"] = COPY + "".join(
+                of_teachers(name, block, study) for name, block in whole.items()
+            )
+        for name, experiment in config.experiments(file).items():
+            found[folder / name / "dvc.yaml"] = _experiment(whole, experiment)
+            found[folder / name / "where.yaml"] = _where(file.relative_to(ROOT), study, name, experiment)
+    return found
+
+
+def links() -> dict[Path, Path]:
+    """The params of each experiment, beside its graph."""
     return {
-        ROOT / "dvc.yaml": "".join(whole.values()),
-        folder / "experiment.yaml": _experiment(whole, own_data=False),
-        folder / "experiment_with_data.yaml": _experiment(whole, own_data=True),
+        ROOT / "studies" / config.load(file).name / name / "params.yaml": config.experiment_file(file, name)
+        for file in (ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml")))
+        for name in config.load(file).experiments
     }
 
 
-def _experiment(whole: dict[str, str], *, own_data: bool) -> str:
+def _experiment(whole: dict[str, str], experiment: Study) -> str:
+    own_data = experiment.own_data
     shared = "Teachers" if own_data else "Images, splits, teachers, caches and shifts"
     stages = (*OF_DATA, *OF_EXPERIMENTS) if own_data else OF_EXPERIMENTS
     text = HEADER.format(shared=shared) + "".join(
-        of_experiment(whole[name], own_data=own_data) for name in stages
+        of_teachers(name, of_experiment(whole[name], own_data=own_data), experiment) for name in stages
     )
     return text.rstrip() + "\n"
 
 
+def _where(file: Path, study: Study, name: str, experiment: Study) -> str:
+    lines = [
+        "# Written by studies/graphs.py: where dvc.yaml finds the repository, its params and those of its study.",
+        "where:",
+        "  root: ../../..",
+        f"  params: {config.experiment_file(file, name)}",
+        f"  shared: {file}",
+        f"  base: {study.name}",
+        f"  own: {study.name}/experiments/{name}",
+        f"  experiment: {name}",
+    ]
+    if experiment.own_data:
+        teachers = ", ".join(experiment.cached_teachers)
+        lines += [
+            f"  folder: {experiment.data.folder} # data.folder",
+            f"  teachers: [{teachers}] # those of its runs",
+        ]
+    return "\n".join([*lines, ""])
+
+
 if __name__ == "__main__":
-    for path, text in graphs().items():
+    for path, text in files().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+    for path, target in links().items():
+        if not path.is_symlink():
+            path.symlink_to(os.path.relpath(target, path.parent))

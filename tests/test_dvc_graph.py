@@ -8,6 +8,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import Any
 import pytest
 import yaml
 
-from attention_transfer import config, provenance
+from attention_transfer import config, graph_file, provenance
+from attention_transfer.errors import StudyError
 
 ROOT = Path(__file__).parent.parent
+FULL = ROOT / "presets" / "full.yaml"
 GRAPH = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
 # One recipe a stage family, whether it is templated or not.
 STAGES: dict[str, dict[str, Any]] = {
@@ -200,42 +203,78 @@ def test_records_stay_in_git() -> None:
 
 
 def test_graphs_are_as_their_writer_writes_them() -> None:
-    for path, text in runpy.run_path(str(ROOT / "studies" / "graphs.py"))["graphs"]().items():
+    writer = runpy.run_path(str(ROOT / "studies" / "graphs.py"))
+    for path, text in writer["files"]().items():
         assert path.read_text(encoding="utf-8") == text, f"{path}: run python studies/graphs.py"
+    for path, target in writer["links"]().items():
+        assert path.resolve() == target, f"{path}: run python studies/graphs.py"
 
 
-def test_each_experiment_has_the_graph_of_experiments() -> None:
+def test_each_experiment_has_a_graph() -> None:
     for preset in (ROOT / "presets").glob("*.yaml"):
         folder = ROOT / "studies" / preset.stem
         experiments = {path.name for path in folder.iterdir() if path.is_dir()}
         assert experiments == set(config.load(preset).experiments)
-        for name in experiments:
-            params = f"presets/{preset.stem}/{name}.yaml"
-            experiment = config.load(ROOT / params)
-            graph = "experiment_with_data.yaml" if experiment.own_data else "experiment.yaml"
-            assert (folder / name / "dvc.yaml").is_symlink()
-            assert (folder / name / "dvc.yaml").resolve() == ROOT / "studies" / graph
-            assert (folder / name / "params.yaml").resolve() == ROOT / params
-            assert yaml.safe_load((folder / name / "where.yaml").read_text(encoding="utf-8"))["where"] == {
-                "root": "../../..",
-                "params": params,
-                "shared": f"presets/{preset.stem}.yaml",
-                "base": preset.stem,
-                "own": f"{preset.stem}/experiments/{name}",
-                "experiment": name,
-            } | (
-                {"folder": experiment.data.folder, "teachers": [*experiment.cached_teachers]}
-                if experiment.own_data
-                else {}
-            )
+        for name, experiment in config.experiments(preset).items():
+            where = yaml.safe_load((folder / name / "where.yaml").read_text(encoding="utf-8"))["where"]
+            assert (ROOT / where["params"]).samefile(folder / name / "params.yaml")
+            assert where["own"] == experiment.name.replace("/", "/experiments/")
+            assert where.get("teachers", []) == ([*experiment.cached_teachers] if experiment.own_data else [])
 
 
-def test_each_study_is_the_same_graph() -> None:
+@pytest.mark.parametrize("name", ["full", *(f"full/{name}" for name in config.load(FULL).experiments)])
+def test_a_written_graph_waits_for_its_own_teachers_and_for_no_other(name: str) -> None:
+    """So that one experiment can be run without teachers that only another needs."""
+    study = config.load(ROOT / "presets" / f"{name}.yaml")
+    runs = study.runs.values()
+    used = {run.teacher for run in runs} | {run.initial for run in runs if run.initial}
+    stages = yaml.safe_load((ROOT / "studies" / name / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    for stage in ("resolve", "similarity", *(["maps"] if name == "full" else [])):
+        deps = stages[stage].get("do", stages[stage])["deps"]
+        assert {Path(dep).name for dep in deps if "/teachers" in dep} == used
+        tutored = stage == "resolve" and any(run.method == "distill_logits" for run in runs)
+        assert any(dep.endswith("/finetuned") for dep in deps) == tutored
+    params = {key for entry in stages["resolve"]["do"]["params"] for keys in entry.values() for key in keys}
+    assert {key for key in params if key.startswith("teachers")} == {f"teachers.{key}" for key in used}
+    if name == "full":
+        deps = stages["finetuned"]["deps"]
+        tutors = {tutor.run.teacher for tutor in study.finetuned_teachers.values()}
+        assert {Path(dep).name for dep in deps if "/teachers" in dep} == tutors
+
+
+def test_a_graph_that_does_not_wait_for_a_teacher_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = config.load(FULL)
+    with_another = config.experiments(FULL)["teacher_init"]
+    with_tutor = config.experiments(FULL)["feature"]
+    folder = tmp_path / "studies" / "full"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StudyError, match=r"(?s)studies/full/teacher_init: has no graph.*graphs\.py"):
+        graph_file.check(with_another)
+    shutil.copytree(ROOT / "studies" / "full", folder, symlinks=True)
+    for each in (study, with_another, with_tutor):
+        graph_file.check(each)
+    shutil.copy(folder / "qkv" / "dvc.yaml", folder / "teacher_init" / "dvc.yaml")
+    with pytest.raises(
+        StudyError, match=r"teacher_init/dvc\.yaml: does not wait for untrained, which a run uses"
+    ):
+        graph_file.check(with_another)
+    shutil.copy(folder / "qkv" / "dvc.yaml", folder / "feature" / "dvc.yaml")
+    with pytest.raises(StudyError, match="does not wait for the fine-tuned teachers"):
+        graph_file.check(with_tutor)
+    (folder / "dvc.yaml").unlink()
+    shutil.copy(ROOT / "dvc.yaml", folder / "dvc.yaml")  # waits for all
+    graph_file.check(study)
+
+
+def test_each_study_has_the_same_graph() -> None:
+    """A link, or what studies/graphs.py makes of it."""
     folders = [path for path in (ROOT / "studies").iterdir() if path.is_dir() and path.name != "__pycache__"]
     assert {"smoke"} <= {folder.name for folder in folders}
     for folder in folders:
-        assert (folder / "dvc.yaml").is_symlink()
-        assert (folder / "dvc.yaml").resolve() == ROOT / "dvc.yaml"
+        if (folder / "dvc.yaml").is_symlink():
+            assert (folder / "dvc.yaml").resolve() == ROOT / "dvc.yaml"
         preset = ROOT / "presets" / f"{folder.name}.yaml"
         assert (folder / "params.yaml").resolve() == preset
         where = yaml.safe_load((folder / "where.yaml").read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import synthetic_records as synthetic
 from scipy import stats
 
 from attention_transfer import config, run_record
+from attention_transfer.commands import show_experiment
 from attention_transfer.config import Study
 from attention_transfer.errors import StudyError
 from attention_transfer.reporting import claims, contrasts, experiments, page
@@ -194,6 +196,49 @@ def test_the_page_has_a_section_for_each_experiment(
     page.build(study, metrics, artifacts, tmp_path / "report")
     assert 'id="qkv"' not in (tmp_path / "report" / "report.html").read_text()
     assert not (tmp_path / "report" / "tables" / "experiment_qkv.csv").exists()
+
+
+def test_an_experiment_is_shown_by_itself(
+    written: tuple[Study, Path, Path, dict[str, Study]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, metrics, _, studies = written
+    there = metrics.parent / "there"
+    (there / "metrics").mkdir(parents=True)
+    (there / "metrics" / "synthetic").symlink_to(metrics)
+    monkeypatch.chdir(there)
+    name, experiment = next(iter(studies.items()))
+    text = show_experiment.text(experiment)
+    values = pd.read_csv(metrics / "evaluate" / name / "scores.csv").query("set == 'test'")
+    for run, mean in (100 * values.groupby("run")["accuracy"].mean()).items():
+        assert re.search(rf"\| {run} +\| 2 +\| {mean:.2f} \[", text), text
+    with pytest.raises(StudyError, match=r"(?s)heads: has not been run.*studies/synthetic/heads/dvc\.yaml"):
+        show_experiment.text(experiment.model_copy(update={"name": "synthetic/heads"}))
+
+
+@pytest.mark.slow
+def test_the_page_says_which_experiments_have_not_been_run(
+    written: tuple[Study, Path, Path, dict[str, Study]], tmp_path: Path
+) -> None:
+    """Each can be run by itself: until then nobody needs the teachers that it alone uses."""
+    study, metrics, artifacts, studies = written
+    first = next(iter(study.teachers.values()))
+    more = study.model_copy(update={"teachers": study.teachers | {"dino": first}})
+    dino = study.runs["copy"].model_copy(update={"teacher": "dino"})
+    later = {
+        "pretraining": more.model_copy(update={"name": "synthetic/pretraining", "runs": {"copy_dino": dino}})
+    }
+    page.build(more, metrics, artifacts, tmp_path / "report", experiments=studies | later)
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "## Queries, keys, values" in text
+    assert "maps of a teacher pre-trained by dino, copied, beat scratch" in text
+    assert "the experiment pretraining has not been run" in text
+    assert not any(
+        claim["experiment"] == "pretraining"
+        for claim in json.loads((tmp_path / "report" / "claims.json").read_text())
+    )
+    assert "dino" not in (tmp_path / "report" / "tables" / "teachers.csv").read_text()
+    with pytest.raises(StudyError, match="probe/dino"):  # nobody else's teacher may lack its record
+        page.build(more, metrics, artifacts, tmp_path / "report", experiments=studies)
 
 
 def test_a_missing_row_of_an_experiment_is_named(written: tuple[Study, Path, Path, dict[str, Study]]) -> None:

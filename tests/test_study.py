@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow  # in order, by one worker: make test deals out wh
 ROOT = Path(__file__).parent.parent
 GRAPH = "studies/smoke/dvc.yaml"
 PRESET = "presets/smoke.yaml"
-LARGEST = "studies/full/"
+LARGEST = ("studies/full/", "presets/full")
 METHODS = ("scratch", "finetune", "copy", "distill")
 COLLECTORS = {"evaluate", "similarity", "maps", "report"}
 FAMILIES = {
@@ -200,7 +200,7 @@ def working_copy(tmp_path_factory: pytest.TempPathFactory) -> Study:
     )
     for name in listed.stdout.decode().split("\0"):
         source, target = ROOT / name, folder / name
-        left_out = name.startswith(("metrics/", "reports/", LARGEST)) or name.endswith("dvc.lock")
+        left_out = name.startswith(("metrics/", "reports/", *LARGEST)) or name.endswith("dvc.lock")
         if name and not left_out and (source.exists() or source.is_symlink()):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target, follow_symlinks=False)
@@ -421,10 +421,9 @@ def test_an_experiment_with_data_of_its_own_takes_the_studys_teachers(study: Stu
 def add_experiment(
     study: Study, name: str, runs: dict[str, dict[str, Any]], data: dict[str, Any] | None = None
 ) -> tuple[Path, dict[str, Any]]:
-    """Writes the files of an experiment of short runs, copies but for what is given: its params, and where they are."""
+    """Writes an experiment of short runs, copies but for what is given: its params, and its graph."""
     values = yaml.safe_load((study.folder / PRESET).read_text(encoding="utf-8"))
-    folder, preset = study.folder / "studies/smoke" / name, study.folder / f"presets/smoke/{name}.yaml"
-    folder.mkdir()
+    preset = study.folder / f"presets/smoke/{name}.yaml"
     preset.parent.mkdir(exist_ok=True)
     short = {**values["runs"]["copy"], "epochs": 2, "warmup_epochs": 1.0}
     experiment = {
@@ -437,24 +436,17 @@ def add_experiment(
         **({"data": data} if data else {}),
     }
     preset.write_text(yaml.safe_dump(experiment), encoding="utf-8")
-    where = {
-        "root": "../../..",
-        "params": f"presets/smoke/{name}.yaml",
-        "shared": PRESET,
-        "base": "smoke",
-        "own": f"smoke/experiments/{name}",
-        "experiment": name,
-        **({"folder": values["data"]["folder"], "teachers": ["mae"]} if data else {}),
-    }
-    (folder / "where.yaml").write_text(yaml.safe_dump({"where": where}), encoding="utf-8")
-    (folder / "dvc.yaml").symlink_to(f"../../experiment{'_with_data' if data else ''}.yaml")
-    (folder / "params.yaml").symlink_to(f"../../../presets/smoke/{name}.yaml")
+    with study.edited() as values:
+        values["experiments"] = [name]
+    assert study.run(sys.executable, "studies/graphs.py").code == 0
     return preset, experiment
 
 
 def remove_experiments(study: Study) -> None:
     """Takes away their files, and the records that the report would look at."""
     shutil.rmtree(study.folder / "presets/smoke")
+    with study.edited() as values:
+        values["experiments"] = []
     for folder in [path for path in (study.folder / "studies/smoke").iterdir() if path.is_dir()]:
         shutil.rmtree(folder)
         for stage in ("evaluate", "similarity"):

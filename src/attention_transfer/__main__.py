@@ -16,9 +16,12 @@ def check(arguments: argparse.Namespace) -> None:
 
     Also mends DVC's lock file after a kill, and removes checkpoints that are done with.
     """
-    from attention_transfer import config, lock_file, plan
+    from attention_transfer import config, graph_file, lock_file, plan
 
     study, experiments = config.load(arguments.params), config.experiments(arguments.params)
+    graph_file.check(study)
+    for each in experiments.values():
+        graph_file.check(each)
     for each in (study, *experiments.values()):
         if count := lock_file.mend(each.name):
             print(f"{lock_file.path(each.name)}: put back {count} stages that were cut off")
@@ -28,7 +31,7 @@ def check(arguments: argparse.Namespace) -> None:
         if each.own_data:
             file = config.experiment_file(arguments.params, name)
             reserved = plan.check_room(each, Layout.of(each), file, reserved=reserved)
-    for name in study.teachers:
+    for name in study.transferred_from if study.is_experiment else study.teachers:
         print(f"attention of {name}: {plan.attention_source(study, name)}")
     if note := plan.unread_views(study):
         print(note)
@@ -40,11 +43,16 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def show(arguments: argparse.Namespace) -> None:
-    """Prints the main table and where the report is."""
+    """Prints the main table and where the report is; of an experiment, the accuracies of its runs."""
     from attention_transfer import config
 
     study = config.load(arguments.params)
     report = Layout.of(study).report
+    if study.is_experiment:
+        from attention_transfer.commands import show_experiment
+
+        print(show_experiment.text(study))
+        return
     table = report / "tables" / "main.md"
     if not table.exists():
         raise StudyError("has no report yet", where=str(arguments.params), remedy="run: dvc repro")

@@ -400,10 +400,32 @@ class Study(Section):
         return self._own_data
 
     @property
+    def is_experiment(self) -> bool:
+        """Whether it extends another study: <study>/<experiment> is its name."""
+        return "/" in self.name
+
+    @property
     def cached_teachers(self) -> tuple[str, ...]:
         """Whose attention is cached: all; for an experiment with data of its own, those of its runs."""
         used = {run.teacher for run in self.runs.values()}
         return tuple(name for name in self.teachers if name in used or not self.own_data)
+
+    @property
+    def transferred_from(self) -> tuple[str, ...]:
+        """Teachers whose attention, features or weights the runs take."""
+        used = {name for run in self.runs.values() for name in (run.teacher, run.initial)}
+        return tuple(name for name in self.teachers if name in used)
+
+    @property
+    def finetuned_from(self) -> tuple[str, ...]:
+        """Teachers that `finetuned_teachers` start from."""
+        used = {tutor.run.teacher for tutor in self.finetuned_teachers.values()}
+        return tuple(name for name in self.teachers if name in used)
+
+    @property
+    def has_logit_losses(self) -> bool:
+        """Whether a run learns the predictions of one of `finetuned_teachers`."""
+        return any(run.logit_loss is not None for run in self.runs.values())
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -235,6 +235,16 @@ def of_experiments(
     return claims, untested
 
 
+def not_run(names: Sequence[str]) -> dict[str, str]:
+    """Why claims of these experiments cannot be judged."""
+    return {
+        contrast.id: f"the experiment {name} has not been run"
+        for name in names
+        for contrast in contrasts.CONTRASTS
+        if contrast.id.split("/")[0] == name
+    }
+
+
 def _claim(
     claim: str,
     effect: Interval,

@@ -49,7 +49,30 @@ class Experiment:
 
     @property
     def heading(self) -> str:
-        return HEADINGS.get(self.name, self.name.replace("_", " "))
+        return heading(self.name)
+
+
+def heading(name: str) -> str:
+    """Of an experiment's section."""
+    return HEADINGS.get(name, name.replace("_", " "))
+
+
+def have_run(studies: Mapping[str, Study], metrics: Path) -> dict[str, Study]:
+    """Those of which `evaluate` has left records: each can be run by itself, and the report shows what there is."""
+    return {name: study for name, study in studies.items() if (metrics / "evaluate" / name).is_dir()}
+
+
+def as_far_as_run(study: Study, experiments: Mapping[str, Study], metrics: Path) -> Study:
+    """The study without those teachers that only experiments use that have not been run: they may not exist yet."""
+    waiting = {name for each in experiments.values() for name in each.transferred_from}
+    ready = (study, *have_run(experiments, metrics).values())
+    waiting -= {name for each in ready for name in each.transferred_from}
+    kept = {
+        name: teacher
+        for name, teacher in study.teachers.items()
+        if name not in waiting or (metrics / "probe" / name).is_dir()
+    }
+    return study.model_copy(update={"teachers": kept})
 
 
 def load(studies: Mapping[str, Study], metrics: Path) -> list[Experiment]:

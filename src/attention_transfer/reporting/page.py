@@ -73,7 +73,7 @@ def build(
         artifacts: its folder of large outputs, runs/<study>; read are the attention maps and the contact sheet.
         out: written are report.html, report.md, claims.json, tables/ and figures/; tables and figures of an
             earlier report that this one does not have are removed.
-        experiments: by name, see `config.experiments`.
+        experiments: by name, see `config.experiments`; what has not been run yet is said to be so.
         rules_fixed: the commit that last changed the rules of the verdicts; None if that is not known.
 
     Raises:
@@ -93,11 +93,14 @@ def build(
             where=f"study {study.name}: evaluation.sets",
             remedy="add test, or set report to null",
         )
-    records = load(study, metrics)
+    experiments = experiments or {}
+    ready = experiment_records.have_run(experiments, metrics)
+    records = load(experiment_records.as_far_as_run(study, experiments, metrics), metrics)
     judged, untested = claims.judge(records, report)
-    more = experiment_records.load(experiments or {}, metrics)
+    more = experiment_records.load(ready, metrics)
     found, reasons = claims.of_experiments(records, more, report)
     judged, untested = judged + found, untested | reasons
+    untested |= claims.not_run([name for name in experiments if name not in ready])
     all_tables = tables.build(records, report) + [
         experiment_records.table(experiment, records, report) for experiment in more
     ]
@@ -110,7 +113,8 @@ def build(
     tables.write(all_tables, out / "tables")
     figures.write(drawings, out / "figures")
     write_json(out / "claims.json", [claim.as_json() for claim in judged])
-    context = _context(records, judged, untested, all_tables, more)
+    headings = EXPERIMENTS | {name: experiment_records.heading(name) for name in experiments}
+    context = _context(records, all_tables, more) | _verdicts(judged, untested, headings)
     context["rules_fixed"] = rules_fixed
     inline = {drawing.name: _data_uri(drawing, out / "figures") for drawing in drawings}
     captions = {drawing.name: drawing.caption for drawing in drawings}
@@ -153,24 +157,9 @@ def _data_uri(drawing: Drawing, folder: Path) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _context(
-    records: Records,
-    judged: list[Claim],
-    untested: dict[str, str],
-    all_tables: Sequence[Table],
-    experiments: Sequence[Experiment],
-) -> dict[str, Any]:
-    """Everything that a template may print."""
-    study, report = records.study, records.study.report
-    assert report is not None  # see `build`
-    headings = EXPERIMENTS | {experiment.name: experiment.heading for experiment in experiments}
+def _verdicts(judged: list[Claim], untested: dict[str, str], headings: Mapping[str, str]) -> dict[str, Any]:
     texts = claims.CLAIMS | {contrast.id: contrast.claim for contrast in CONTRASTS}
-    by_name = {table.name: table for table in all_tables}
     return {
-        "study": study,
-        "report": report,
-        "sections": _sections(experiments),
-        "tables": by_name,
         "claims": [_claim_row(claim, headings) for claim in judged],
         "untested": [
             {"experiment": headings[name.split("/")[0]], "claim": texts[name], "reason": reason}
@@ -178,6 +167,21 @@ def _context(
         ],
         "rules": {claim.id: claim.rule for claim in judged},
         "correction": claims.HOLM,
+    }
+
+
+def _context(
+    records: Records, all_tables: Sequence[Table], experiments: Sequence[Experiment]
+) -> dict[str, Any]:
+    """What a template may print beside the verdicts."""
+    study, report = records.study, records.study.report
+    assert report is not None  # see `build`
+    by_name = {table.name: table for table in all_tables}
+    return {
+        "study": study,
+        "report": report,
+        "sections": _sections(experiments),
+        "tables": by_name,
         "unbounded": _unbounded(records, report),
         "published_on": tables.PUBLISHED_ON,
         "level": tables.level(records),
