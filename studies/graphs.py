@@ -43,8 +43,8 @@ def code_of(stage: str) -> list[str]:
     """The files and rooms of code that a stage depends on, its script first."""
     script = ROOT / "pipeline" / f"{stage}.py"
     files = [path.relative_to(ROOT) for path in provenance.code_files(script)]
-    if stage == "resolve":  # writes out the defaults of runs, which are config.py's
-        files.append(Path("src/attention_transfer/config.py"))
+    if stage == "resolve":  # writes out the defaults of runs and of their teachers
+        files += [Path(f"src/attention_transfer/config_{name}.py") for name in ("runs", "teachers")]
     if stage in BY_ROOM:
         for room in {file.parent for file in files if len(file.parts) > 3}:
             used = [file for file in files if file.parent == room]

@@ -91,8 +91,9 @@ def test_deps_are_the_code_that_is_used(name: str) -> None:
     code = [path for path in paths(STAGES[name]["deps"]) if path.startswith(("src/", "pipeline/"))]
     assert len(code) == len(set(code))
     used = {str(path.relative_to(ROOT)) for path in (script(name), *provenance.code_files(script(name)))}
-    # Each run's defaults are config.py's: `resolve` writes them out, and runs again when they change.
-    used |= {"src/attention_transfer/config.py"} if name == "resolve" else set()
+    # Defaults of runs and teachers: `resolve` writes them out, and runs again when they change.
+    defaults = {f"src/attention_transfer/config_{part}.py" for part in ("runs", "teachers")}
+    used |= defaults if name == "resolve" else set()
     rooms = {room: {str(file.relative_to(ROOT)) for file in (ROOT / room).glob("*.py")} for room in code}
     rooms = {room: files for room, files in rooms.items() if files}
     assert not rooms or name in ("train", "predict", "finetuned"), "the others list what they use, no more"

@@ -25,7 +25,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "params_yaml": ("errors",),
     "config_values": (),
     "config_teachers": ("config_values",),
-    "config": ("config_teachers", "config_values", "errors", "params_yaml"),
+    "config_errors": (),
+    "config_runs": ("config_teachers", "config_values"),
+    "config": ("config_errors", "config_runs", "config_teachers", "config_values", "errors", "params_yaml"),
     "provenance": ("files",),
     "lock_file": ("errors", "files"),
     "graph_file": ("config", "errors", "lock_file"),
@@ -153,7 +155,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 ONLY_IN = {
     "mlflow": ("tracking",),
     "yaml": ("graph_file", "lock_file", "params_yaml", "tracking.sync"),  # all but the third read DVC's files
-    "pydantic": ("config", "config_teachers", "config_values"),
+    "pydantic": ("config", "config_errors", "config_runs", "config_teachers", "config_values"),
     "timm": ("assembly", "data.sources", "models", "training"),
     "torchvision": ("data.sources",),
 }

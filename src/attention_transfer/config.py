@@ -8,14 +8,21 @@ that says what it means: no components, the task's own images to pre-train on.
 
 from __future__ import annotations
 
-import difflib
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
 from attention_transfer import params_yaml
+from attention_transfer.config_errors import explain, nearest
+from attention_transfer.config_runs import (
+    COPIES_ATTENTION,
+    AttentionLoss,
+    FeatureLoss,
+    FinetunedTeacher,
+    LogitLoss,
+    Run,
+)
 from attention_transfer.config_teachers import (
     Architecture,
     Component,
@@ -43,12 +50,13 @@ from attention_transfer.config_values import (
     divides,
     no_value_twice,
     ordered,
-    warms_up,
 )
 from attention_transfer.errors import StudyError
 
 __all__ = [
+    "COPIES_ATTENTION",
     "Architecture",
+    "AttentionLoss",
     "Component",
     "FromFile",
     "GroupClassification",
@@ -56,6 +64,7 @@ __all__ = [
     "MaskedImageModelling",
     "MomentumContrast",
     "Pretrained",
+    "Run",
     "SelfDistillation",
     "Study",
     "Untrained",
@@ -63,10 +72,6 @@ __all__ = [
     "load",
 ]
 
-Method = Literal[
-    "scratch", "finetune", "linear_probe", "copy", "distill", "distill_features", "distill_logits"
-]
-COPIES_ATTENTION = ("copy", "distill")
 Shift = Literal[
     "gaussian_noise",
     "shot_noise",
@@ -156,7 +161,7 @@ class AttentionCache(Section):
     source: Literal["cache", "online", "auto"]
     """`cache`: read from disk; `online`: the frozen teacher runs in every step; `auto`: `plan.choose`."""
     content: Literal["queries_and_keys", "maps"]
-    """What is stored of it; maps are larger, and serve transfer: map alone."""
+    """What is stored of it; maps are larger where tokens are many, and serve transfer: map alone."""
     dtype: Literal["float16", "float32", "int8"]
     """Number format of what is stored, in the cache and online alike; int8 with a scale per vector."""
     budget_gb: Annotated[float, Field(gt=0)]
@@ -166,160 +171,6 @@ class AttentionCache(Section):
     def _consistent(self) -> Self:
         if self.content == "maps" and self.dtype == "int8":
             raise ValueError("dtype: maps are stored as floats: choose float16 or float32")
-        return self
-
-
-class AttentionLoss(Section):
-    """Distance between the teacher's and the student's attention: the loss of Attention Distill.
-
-    Maps are compared by cross-entropy; queries, keys and values by their mean squared difference.
-    """
-
-    weight: Annotated[float, Field(gt=0)]
-    reduction: Literal["sum", "mean"] = "sum"
-    """Over layers: `sum` as in the official code, or `mean`."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Divides the logits of both maps."""
-
-
-class FeatureLoss(Section):
-    """Mean squared difference of the residual stream behind each transferred layer."""
-
-    weight: Annotated[float, Field(gt=0)]
-    reduction: Literal["sum", "mean"] = "mean"
-    """Over layers."""
-
-
-class LogitLoss(Section):
-    """Cross-entropy between the teacher's and the student's predictions (Hinton et al., 2015)."""
-
-    weight: Annotated[float, Field(gt=0)]
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Divides both logits; the loss is multiplied by its square, which keeps the gradient's size."""
-    teacher: Name
-    """One of `finetuned_teachers`: a pre-trained teacher alone predicts no classes."""
-
-
-Layer = Annotated[int, Field(ge=0)]
-
-
-class Run(Section):
-    """One way to train a student."""
-
-    method: Method
-    teacher: Name
-    """Whose weights, attention or features the method uses."""
-    architecture: Architecture | None = None
-    """The student's; None: the teacher's."""
-    initial: Name | None = None
-    """A teacher whose weights the student starts from; None: fresh ones (fine-tuning and probing: `teacher`)."""
-    transfer: Literal["map", "query", "key", "value"] = "map"
-    """copy, distill: what of the teacher's attention is handed over."""
-    layers: Literal["all"] | tuple[Layer, ...] | None = None
-    """copy, distill, distill_features: which layers are transferred, counted from 0 at the input."""
-    heads: Literal["all"] | tuple[Layer, ...] = "all"
-    """copy, distill: which heads of every transferred layer; the others stay the student's own."""
-    heads_per_layer: tuple[tuple[Layer, ...], ...] | None = None
-    """Instead of `heads`: one list of heads for each of `layers`, in order from the input."""
-    average: Literal["examples", "queries", "heads", "layers"] | None = None
-    """copy, distill: the teacher's maps are replaced by their mean over this (an ablation of paper A)."""
-    attention_loss: AttentionLoss | None = None
-    """distill only."""
-    feature_loss: FeatureLoss | None = None
-    """distill_features only."""
-    logit_loss: LogitLoss | None = None
-    """distill_logits only."""
-    learning_rate: Rate
-    """Peak learning rate."""
-    min_learning_rate: Annotated[float, Field(ge=0)] = 0.0
-    """Learning rate at the end of the cosine schedule."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Factor of the learning rate from one layer to the one below it."""
-    epochs: Positive
-    warmup_epochs: Annotated[float, Field(ge=0)] = 5.0
-    batch_size: Positive
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    ema: Fraction | None = None
-    """Decay of the exponential moving average of the weights; its weights then count as the run's."""
-
-    @model_validator(mode="after")
-    def _only_what_the_method_reads(self) -> Self:
-        needs_layers = self.method in (*COPIES_ATTENTION, "distill_features")
-        if needs_layers and not self.layers:
-            raise ValueError(f"layers: method {self.method} needs the layers to transfer: all, or a list")
-        if not needs_layers and self.layers is not None:
-            raise ValueError(f"layers: method {self.method} transfers no attention; remove this key")
-        for key, method in (
-            ("attention_loss", "distill"),
-            ("feature_loss", "distill_features"),
-            ("logit_loss", "distill_logits"),
-        ):
-            if (self.method == method) != (getattr(self, key) is not None):
-                raise ValueError(f"{key}: needed by method {method}, and by no other")
-        if self.method not in COPIES_ATTENTION:
-            for key, default in (
-                ("transfer", "map"),
-                ("heads", "all"),
-                ("heads_per_layer", None),
-                ("average", None),
-            ):
-                if getattr(self, key) != default:
-                    raise ValueError(f"{key}: method {self.method} transfers no attention; remove this key")
-        if self.method in ("finetune", "linear_probe"):
-            for key in ("architecture", "initial"):
-                if getattr(self, key) is not None:
-                    raise ValueError(f"{key}: method {self.method} starts from its teacher; remove this key")
-        self._consistent_transfer()
-        if self.method == "linear_probe" and (self.layer_decay != 1.0 or self.drop_path != 0.0):
-            raise ValueError("layer_decay, drop_path: linear_probe trains the head alone; remove these keys")
-        warms_up(self.warmup_epochs, self.epochs)
-        if self.min_learning_rate > self.learning_rate:
-            raise ValueError("min_learning_rate: larger than learning_rate")
-        return self
-
-    def _consistent_transfer(self) -> None:
-        for key, chosen in (
-            ("layers", self.layers),
-            ("heads", self.heads),
-            *(("heads_per_layer", heads) for heads in self.heads_per_layer or ()),
-        ):
-            if isinstance(chosen, tuple) and len(set(chosen)) != len(chosen):
-                raise ValueError(f"{key}: {list(chosen)} names a {key[:5].rstrip('s')} twice")
-            if chosen == ():
-                raise ValueError(f"{key}: is empty; at least one is needed")
-        if self.heads_per_layer is not None:
-            if self.heads != "all":
-                raise ValueError("heads_per_layer: stands instead of heads; remove one of them")
-            if not isinstance(self.layers, tuple) or len(self.heads_per_layer) != len(self.layers):
-                raise ValueError(
-                    f"heads_per_layer: {len(self.heads_per_layer)} lists; layers must be a list of as many"
-                )
-            if list(self.layers) != sorted(self.layers):
-                raise ValueError("layers: must stand in order from the input beside heads_per_layer")
-        temperature = self.attention_loss.temperature if self.attention_loss else 1.0
-        for key, given in (("average", self.average), ("attention_loss.temperature", temperature)):
-            if self.transfer != "map" and given not in (None, 1.0):
-                raise ValueError(f"{key}: concerns maps, and transfer is {self.transfer}; remove this key")
-        if self.average is not None and temperature != 1.0:
-            raise ValueError(
-                "average: a mean of maps has no temperature; leave attention_loss.temperature out"
-            )
-
-
-class FinetunedTeacher(Section):
-    """A teacher with a classification head: one more student of a run that fine-tunes, frozen."""
-
-    seed: Seed
-    run: Run
-    """Of method finetune: which teacher, and the recipe."""
-
-    @model_validator(mode="after")
-    def _finetunes(self) -> Self:
-        if self.run.method != "finetune":
-            raise ValueError(f"run.method: {self.run.method} is not finetune")
         return self
 
 
@@ -587,12 +438,7 @@ class Study(Section):
 
 def _known(key: str, name: str, names: dict[str, Any]) -> None:
     if name not in names:
-        raise ValueError(f"{key}: {name!r} is not defined; {_nearest(name, names)}")
-
-
-def _nearest(name: str, names: Any) -> str:
-    close = difflib.get_close_matches(name, [str(n) for n in names], n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known are {', '.join(map(str, names))}"
+        raise ValueError(f"{key}: {name!r} is not defined; {nearest(name, names)}")
 
 
 def load(path: Path | str) -> Study:
@@ -721,89 +567,34 @@ def _checked(path: Path, values: dict[str, Any]) -> Study:
     try:
         return Study.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
+        lines = [explain(problem, _SECTIONS) for problem in error.errors()]
         raise StudyError(
             "\n  ".join(lines), where=str(path), remedy="correct the keys named above"
         ) from error
 
 
-def _explain(problem: Any) -> str:
-    location = _location(problem["loc"])
-    key = ".".join(map(str, location))
-    if problem["type"] == "extra_forbidden":
-        return f"{key}: unknown key; {_nearest(str(location[-1]), _fields_beside(problem['loc']))}"
-    if problem["type"] == "missing":
-        return f"{key}: is missing; it has no default"
-    if problem["type"] == "union_tag_not_found":
-        return f"{key}.kind: is missing; it has no default"
-    if problem["type"] == "union_tag_invalid":
-        return f"{key}.kind: {problem['ctx']['tag']!r} is refused: choose {problem['ctx']['expected_tags']}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{key}.{message}" if key else message
-    message = _MESSAGES.get(problem["type"], message)
-    return f"{key}: {_shown(problem['input'])} is refused: {message}"
-
-
-# Where pydantic speaks of Python's types, the words of a params.yaml.
-_MESSAGES = {
-    "tuple_type": "Input should be a list",
-    "dict_type": "Input should be a section with keys",
-    "model_type": "Input should be a section with keys",
-    "model_attributes_type": "Input should be a section with keys",
-    "invalid_key": "A key should be a word",
+_SECTIONS: dict[Any, type[BaseModel]] = {
+    None: Study,
+    "data": Data,
+    "views": Views,
+    "attention": AttentionCache,
+    "training": Training,
+    "evaluation": Evaluation,
+    "report": Report,
+    "runs": Run,
+    "attention_loss": AttentionLoss,
+    "feature_loss": FeatureLoss,
+    "logit_loss": LogitLoss,
+    "finetuned_teachers": FinetunedTeacher,
+    "run": Run,  # of a fine-tuned teacher
+    "ensembles": Ensemble,
+    "architecture": Architecture,
+    "decoder": Decoder,
+    "mae": MaskedAutoencoder,
+    "simmim": MaskedImageModelling,
+    "moco_v3": MomentumContrast,
+    "dino": SelfDistillation,
+    "supervised": GroupClassification,
+    "untrained": Untrained,
+    "file": FromFile,
 }
-
-
-def _location(location: tuple[Any, ...]) -> list[Any]:
-    """The way to a value in the user's file: without the members of unions that pydantic tried."""
-    match location:
-        case ("teachers", name, _, *rest):  # the kind
-            return ["teachers", name, *rest]
-        case ("runs", name, "layers" | "heads" as key, _, *rest):  # `all`, or a list
-            return ["runs", name, key, *rest]
-        case ("runs" | "ensembles" | "finetuned_teachers" as section, name, "[key]"):
-            return [section, name]
-    return list(location)
-
-
-def _fields_beside(location: tuple[Any, ...]) -> list[str]:
-    """The valid keys at the place of an unknown one."""
-    sections: dict[Any, type[BaseModel]] = {
-        "data": Data,
-        "views": Views,
-        "attention": AttentionCache,
-        "training": Training,
-        "evaluation": Evaluation,
-        "report": Report,
-        "runs": Run,
-        "attention_loss": AttentionLoss,
-        "feature_loss": FeatureLoss,
-        "logit_loss": LogitLoss,
-        "finetuned_teachers": FinetunedTeacher,
-        "run": Run,  # of a fine-tuned teacher
-        "ensembles": Ensemble,
-        "architecture": Architecture,
-        "decoder": Decoder,
-        "mae": MaskedAutoencoder,
-        "simmim": MaskedImageModelling,
-        "moco_v3": MomentumContrast,
-        "dino": SelfDistillation,
-        "supervised": GroupClassification,
-        "untrained": Untrained,
-        "file": FromFile,
-    }
-    named = location[0] in ("teachers", "finetuned_teachers", "runs", "ensembles")
-    # The second part is then a name that the user chose, which may be that of a section.
-    path = [location[0], *location[2:-1]] if named else location[:-1]
-    return list((sections[path[-1]] if path else Study).model_fields)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, float) and math.isnan(value):
-        return "NaN"
-    try:
-        shown = repr(list(value) if isinstance(value, tuple) else value)
-    except (RecursionError, ValueError):  # nested too deeply, or an integer of too many digits
-        return "this value"
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."

@@ -21,6 +21,8 @@ NEUTRAL = frozenset(
     for name in (
         "__init__.py",
         "config.py",
+        "config_errors.py",
+        "config_runs.py",
         "config_teachers.py",
         "config_values.py",
         "errors.py",
