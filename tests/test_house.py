@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "config_runs": ("config_teachers", "config_values"),
     "config": ("config_errors", "config_runs", "config_teachers", "config_values", "errors", "params_yaml"),
     "provenance": ("files",),
+    "stop_signals": (),
     "lock_file": ("errors", "files"),
     "graph_file": ("config", "errors", "lock_file"),
     "run_record": ("errors", "files"),
@@ -67,7 +68,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         }.items()
     },
     # Training knows the protocols: no method, no data set, no tracker.
-    "training": ("errors", "files", "transfer.method", "transfer.teacher_source"),
+    "training": ("errors", "files", "stop_signals", "transfer.method", "transfer.teacher_source"),
     "evaluation": ("blocks", "errors", "files"),
     "evaluation.metrics": (),
     "evaluation.statistics": (),
@@ -143,6 +144,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "plan",
         "provenance",
         "reporting",
+        "stop_signals",
         "training.machine",
         "transfer.cache",
         "transfer.quantisation",

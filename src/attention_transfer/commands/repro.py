@@ -5,19 +5,16 @@ from __future__ import annotations
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from pathlib import Path
-from types import FrameType
 
+from attention_transfer import stop_signals
 from attention_transfer.commands.progress import Display
 from attention_transfer.errors import StudyError
 
@@ -156,7 +153,12 @@ def repro(graph: Path, jobs: int, only: str | None = None) -> int:
     workers: list[Worker] = []
     failed = 0
     display.say(f"{graph}: {queue.total} stages, up to {jobs} at a time on {cores} cores")
-    with _stop_signals(workers) as stopped:
+
+    def stop() -> None:  # their stages end with them, and save their state
+        for worker in workers:
+            worker.process.terminate()
+
+    with stop_signals.awaited(stop) as stopped:
         while workers or (queue.waiting and not failed and not stopped()):
             free = [number for number in range(1, jobs + 1) if number not in {w.number for w in workers}]
             busy = sum(worker.threads for worker in workers)
@@ -206,25 +208,3 @@ def _order(graph: Path, only: str | None) -> dict[str, set[str]]:
     while new := {before for stage in new for before in waits[stage]} - wanted:
         wanted |= new
     return {stage: waits[stage] for stage in TopologicalSorter(waits).static_order() if stage in wanted}
-
-
-@contextmanager
-def _stop_signals(workers: list[Worker]) -> Iterator[Callable[[], int]]:
-    """Gives a function that tells the number of the stop signal that has come, 0 if none.
-
-    At a signal all DVCs are told to end; their stages, which end with them, save their state.
-    """
-    received = 0
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        nonlocal received
-        received = number
-        for worker in workers:
-            worker.process.terminate()
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from attention_transfer import stop_signals
 from attention_transfer.errors import StudyError
 from attention_transfer.training.checkpoint import Checkpoint
 from attention_transfer.training.optimisation import Recipe, optimiser, schedule
@@ -117,7 +115,7 @@ def fit(
 
     total = recipe.epochs * task.steps_per_epoch
     saved = time.monotonic()
-    with _stop_signals() as stopped, _progress(total, history.steps, label) as progress:
+    with stop_signals.awaited() as stopped, _progress(total, history.steps, label) as progress:
         while history.steps < total:
             epoch, step = divmod(history.steps, task.steps_per_epoch)
             scheduler.step_update(history.steps)
@@ -181,20 +179,3 @@ def _step_seed(seed: int, step: int) -> int:
 def _progress(total: int, done: int, label: str) -> tqdm[Any]:
     # A line every 10 s when the output is a log file, a living bar in a terminal.
     return tqdm(total=total, initial=done, desc=label, unit="step", mininterval=1.0, maxinterval=10, delay=2)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], int]]:
-    """Gives a function that tells the number of the stop signal that has come, 0 if none."""
-    received = 0
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        nonlocal received
-        received = number
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
