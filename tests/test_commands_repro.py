@@ -33,21 +33,21 @@ pathlib.Path(name).write_text(text + name)
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """source -> first -> six in the middle -> last; the last one is in a graph of its own."""
+    """source -> first -> six in the train -> last; the last one is in a graph of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(THREADS, raising=False)
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], check=True)
     Path("work.py").write_text(WORK)
     Path("source").write_text("s")
-    middle = {
+    train = {
         "matrix": {"number": list(range(WIDE))},
-        "cmd": f"{sys.executable} work.py middle-${{item.number}} first",
+        "cmd": f"{sys.executable} work.py train-${{item.number}} first",
         "deps": ["first"],
-        "outs": ["middle-${item.number}"],
+        "outs": ["train-${item.number}"],
     }
     first = {"cmd": f"{sys.executable} work.py first source", "deps": ["source"], "outs": ["first"]}
-    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": {"first": first, "middle": middle}}))
-    deps = [f"middle-{number}" for number in range(WIDE)]
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": {"first": first, "train": train}}))
+    deps = [f"train-{number}" for number in range(WIDE)]
     last = {
         "wdir": "..",
         "cmd": f"{sys.executable} work.py last {' '.join(deps)}",
@@ -74,14 +74,14 @@ def log() -> dict[str, tuple[float, float, str]]:
 def test_stages_run_side_by_side_and_after_what_they_wait_for(repository: Path) -> None:
     assert repro(GRAPH, 2) == 0
     ran = log()
-    middle = [ran[f"middle-{number}"] for number in range(WIDE)]
-    assert all(ran["first"][1] <= began and ended <= ran["last"][0] for began, ended, _ in middle)
-    alive = [sum(began < at < ended for began, ended, _ in middle) for at in (m[0] + 1e-3 for m in middle)]
+    train = [ran[f"train-{number}"] for number in range(WIDE)]
+    assert all(ran["first"][1] <= began and ended <= ran["last"][0] for began, ended, _ in train)
+    alive = [sum(began < at < ended for began, ended, _ in train) for at in (m[0] + 1e-3 for m in train)]
     assert max(alive) == 2
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    assert {threads for _, _, threads in middle} == {str(max(1, cores // 2))}
+    assert {threads for _, _, threads in train} == {str(max(1, cores // 2))}
     assert {ran[name][2] for name in ("first", "last")} == {str(cores)}
-    assert Path("last").read_text() == "".join(f"sfirstmiddle-{number}" for number in range(WIDE)) + "last"
+    assert Path("last").read_text() == "".join(f"sfirsttrain-{number}" for number in range(WIDE)) + "last"
     locked = [yaml.safe_load(path.read_text())["stages"] for path in (Path("dvc.lock"), Path("end/dvc.lock"))]
     assert [len(stages) for stages in locked] == [1 + WIDE, 1]
     status = subprocess.run(
@@ -95,10 +95,10 @@ def test_stages_run_side_by_side_and_after_what_they_wait_for(repository: Path) 
 
 @pytest.mark.slow
 def test_one_family_runs_with_what_it_depends_on_and_no_more(repository: Path) -> None:
-    assert repro(GRAPH, 2, only="middle") == 0
-    assert set(log()) == {"first", *(f"middle-{number}" for number in range(WIDE))}
-    with pytest.raises(StudyError, match=r"has no stage 'train'[\s\S]*first, last, middle"):
-        repro(GRAPH, 2, only="train")
+    assert repro(GRAPH, 2, only=["train"]) == 0
+    assert set(log()) == {"first", *(f"train-{number}" for number in range(WIDE))}
+    with pytest.raises(StudyError, match=r"has no stage 'cache'[\s\S]*first, last, train"):
+        repro(GRAPH, 2, only=["cache"])
 
 
 @pytest.mark.slow
@@ -113,15 +113,15 @@ def test_a_stage_that_fails_ends_it_and_what_is_done_stays_done(repository: Path
 
 @pytest.mark.slow
 def test_where_one_fails_the_others_do_not_go_on_to_their_next_stage(repository: Path) -> None:
-    Path("fail-middle-0").touch()
+    Path("fail-train-0").touch()
     assert repro(GRAPH, 2) != 0
     time.sleep(1.5)  # these stages do not die with their DVC, as the study's do: they end by themselves
     assert len(log()) < WIDE
-    assert {"middle-0", "last"} & set(log()) == set()
-    Path("fail-middle-0").unlink()
+    assert {"train-0", "last"} & set(log()) == set()
+    Path("fail-train-0").unlink()
     Path("log.jsonl").unlink()
     assert repro(GRAPH, 2) == 0
-    assert {"middle-0", "last"} <= set(log())
+    assert {"train-0", "last"} <= set(log())
     assert Path("last").exists()
 
 
@@ -134,7 +134,7 @@ def words(process: psutil.Process) -> list[str]:
 
 
 def start() -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
-    """A repro in a process of its own, as soon as a stage of the middle runs; and its DVCs."""
+    """A repro in a process of its own, as soon as a stage of the train runs; and its DVCs."""
     program = (
         "import pathlib, sys; from attention_transfer.commands.repro import repro;"
         f"sys.exit(repro(pathlib.Path('{GRAPH}'), 2))"
@@ -143,10 +143,10 @@ def start() -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         below = {process: words(process) for process in psutil.Process(running.pid).children(recursive=True)}
-        if any("work.py" in line and "middle-" in " ".join(line) for line in below.values()):
+        if any("work.py" in line and "train-" in " ".join(line) for line in below.values()):
             return running, [process for process, line in below.items() if "dvc" in line]
         time.sleep(0.02)
-    return pytest.fail("no stage of the middle began")
+    return pytest.fail("no stage of the train began")
 
 
 @pytest.mark.slow
@@ -193,7 +193,7 @@ def test_a_batch_leaves_work_for_the_others() -> None:
     assert (queue.total, queue.waiting) == (42, {})
 
 
-def test_a_stage_alone_of_its_kind_has_all_cores_for_itself() -> None:
+def test_students_share_the_cores_and_other_stages_have_all() -> None:
     waiting = {
         "pretrain@mae": set[str](),
         "train@a-0": set(),

@@ -178,7 +178,11 @@ def main() -> None:
     commands.choices["remake"].add_argument("stage", help="as DVC names it, such as train@copy-0")
     commands.choices["repro"].add_argument("--jobs", type=_jobs, default=1, help="stages at a time")
     commands.choices["repro"].add_argument(
-        "--only", metavar="STAGE", help="a family of stages, such as train, and what it depends on"
+        "--only",
+        metavar="STAGE",
+        nargs="+",
+        default=(),
+        help="families of stages, such as train, and what they depend on",
     )
     commands.choices["prune"].add_argument("--delete", action="store_true")
     commands.choices["ui"].add_argument("--port", type=int, default=5000)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -19,6 +19,7 @@ from attention_transfer.commands.progress import Display
 from attention_transfer.errors import StudyError
 
 THREADS = "ATTENTION_TRANSFER_THREADS"  # see training/machine.py, which takes torch with it
+OF_STUDENTS = ("resolve", "train", "predict")  # stages that a study has by the hundred
 LARGEST_BATCH = 16  # stages that one DVC is given; starting it takes as long as a short stage
 PATIENCE = 60.0  # seconds until a process that has ended has said its last word
 TICK = 0.05
@@ -41,8 +42,8 @@ class Queue:
         waiting: for each stage that has not begun the stages that it waits for, in an order that respects them.
         jobs: DVCs at a time.
         cores: that they share.
-        threads: of a stage, by family: all cores where the graph has one of its kind, else an equal share. A rule of
-            the graph alone, so that a rerun has the same threads, and so the same bits, whatever runs beside it.
+        threads: of a stage, by family: an equal share for those of single students, all cores for the others. So a
+            rerun has the same threads, and thus the same bits, whatever else is run, or is in the study.
     """
 
     waiting: dict[str, set[str]]
@@ -54,8 +55,10 @@ class Queue:
 
     def __post_init__(self) -> None:
         self.total = len(self.waiting)
-        kinds = Counter(map(family, self.waiting))
-        self.threads = {kind: max(1, self.cores // min(self.jobs, count)) for kind, count in kinds.items()}
+        share = max(1, self.cores // self.jobs)
+        self.threads = {
+            kind: share if kind in OF_STUDENTS else self.cores for kind in map(family, self.waiting)
+        }
 
     def take(self, busy: int) -> list[str]:
         """Stages for one DVC: alike in threads, and its share of those that are ready.
@@ -133,7 +136,7 @@ class Worker:
         self.process.stdout.close()
 
 
-def repro(graph: Path, jobs: int, only: str | None = None) -> int:
+def repro(graph: Path, jobs: int, only: Sequence[str] = ()) -> int:
     """Brings a graph's stages, and all that they depend on, up to date: an exit code.
 
     DVC's own locks keep the processes apart: one at a time reads or writes the lock files, and no stage begins
@@ -143,7 +146,7 @@ def repro(graph: Path, jobs: int, only: str | None = None) -> int:
         graph: path of a dvc.yaml.
         jobs: DVCs at a time; each stage gets its share of the cores (see `Queue`), unless the environment says
             otherwise.
-        only: a family of stages: these and what they depend on; None for all.
+        only: families of stages: these and what they depend on; none for all.
 
     Raises:
         StudyError: there is no such graph, or it cannot be read.
@@ -182,7 +185,7 @@ def repro(graph: Path, jobs: int, only: str | None = None) -> int:
     return 128 + stopped() if stopped() else failed
 
 
-def _order(graph: Path, only: str | None) -> dict[str, set[str]]:
+def _order(graph: Path, only: Sequence[str]) -> dict[str, set[str]]:
     """Each stage of the graph, and each that one of them depends on, with those that it waits for."""
     if not graph.exists():
         raise StudyError("does not exist", where=str(graph), remedy="give the path of a dvc.yaml")
@@ -197,13 +200,18 @@ def _order(graph: Path, only: str | None) -> dict[str, set[str]]:
     waits: dict[str, set[str]] = {}
     for first, second in re.findall(r'"([^"]*)"(?: -> "([^"]*)")?;', told.stdout):
         waits.setdefault(second or first, set()).update([first] if second else [])
-    wanted = {stage for stage in waits if only in (None, family(stage))}
-    if not wanted:
-        raise StudyError(
-            f"has no stage {only!r}",
-            where=str(graph),
-            remedy=f"choose one of {', '.join(sorted(set(map(family, waits))))}",
-        )
+    wanted = set() if only else set(waits)
+    for kind in only:
+        # A study's report waits for its experiments, which have stages of the same names.
+        found = {stage for stage in waits if family(stage) == kind}
+        own = {stage for stage in found if (stage.rpartition(":")[0] or "dvc.yaml") == str(graph)}
+        if not found:
+            raise StudyError(
+                f"has no stage {kind!r}",
+                where=str(graph),
+                remedy=f"choose among {', '.join(sorted(set(map(family, waits))))}",
+            )
+        wanted |= own or found
     new = wanted
     while new := {before for stage in new for before in waits[stage]} - wanted:
         wanted |= new
