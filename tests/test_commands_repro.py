@@ -33,7 +33,7 @@ pathlib.Path(name).write_text(text + name)
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """source -> first -> six in the train -> last; the last one is in a graph of its own."""
+    """source -> first -> six times train -> last; the last one is in a graph of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(THREADS, raising=False)
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], check=True)
@@ -99,6 +99,19 @@ def test_one_family_runs_with_what_it_depends_on_and_no_more(repository: Path) -
     assert set(log()) == {"first", *(f"train-{number}" for number in range(WIDE))}
     with pytest.raises(StudyError, match=r"has no stage 'cache'[\s\S]*first, last, train"):
         repro(GRAPH, 2, only=["cache"])
+
+
+@pytest.mark.slow
+def test_a_family_is_that_of_the_graph_itself(repository: Path) -> None:
+    """A study's report waits for its experiments, which have stages of the same names."""
+    graph = yaml.safe_load(GRAPH.read_text())
+    own = {"wdir": "..", "cmd": f"{sys.executable} work.py own first", "deps": ["first"], "outs": ["own"]}
+    graph["stages"]["train"] = own
+    GRAPH.write_text(yaml.safe_dump(graph))
+    assert repro(GRAPH, 2, only=["train"]) == 0
+    assert set(log()) == {"first", "own"}
+    assert repro(GRAPH, 2, only=["first", "train", "last"]) == 0  # `first` is another graph's
+    assert set(log()) == {"first", "own", "last", *(f"train-{number}" for number in range(WIDE))}
 
 
 @pytest.mark.slow
@@ -175,7 +188,11 @@ def test_what_dvc_cannot_read_is_an_error(repository: Path) -> None:
 
 
 def test_a_batch_leaves_work_for_the_others() -> None:
-    waiting = {"a": set[str](), **{f"c@{number}": {"a"} for number in range(40)}, "c@last": {"c@3"}}
+    waiting = {
+        "a": set[str](),
+        **{f"train@{number}": {"a"} for number in range(40)},
+        "train@last": {"train@3"},
+    }
     queue = Queue(waiting, jobs=2, cores=2)
     assert queue.take(0) == ["a"]
     assert queue.take(2) == []
@@ -187,9 +204,9 @@ def test_a_batch_leaves_work_for_the_others() -> None:
     while taken := queue.take(1):
         order += taken
         queue.finish(taken)
-    assert "c@last" not in order  # c@3 was in the first batch, which is not through
+    assert "train@last" not in order  # train@3 was in the first batch, which is not through
     queue.finish(first)
-    assert queue.take(0) == ["c@last"]
+    assert queue.take(0) == ["train@last"]
     assert (queue.total, queue.waiting) == (42, {})
 
 
