@@ -74,7 +74,8 @@ def main() -> None:
         shown = shown.where(choice.notna(), "")
         text = (
             f"Accuracy on the {study.data.validation} validation images, mean over seeds "
-            f"{', '.join(map(str, study.seeds))}; the best of each method is what params.yaml uses. So many images "
+            f"{', '.join(map(str, study.seeds))}; the best of each method is what params.yaml and "
+            "presets/full use. So many images "
             f"have a standard error of {100 * _standard_error(choice, study):.1f} points: rows closer than that are "
             "equal as far as they tell.\n\n"
             f"{shown.to_markdown(index=False)}\n"
