@@ -18,6 +18,7 @@ APT := command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]
 
 study: setup
 	python -m attention_transfer check --params $(PARAMS)
+	$(if $(filter smoke,$(STUDY)),,python -m attention_transfer plan --once --params $(PARAMS))
 	python -m attention_transfer repro --params $(PARAMS) --jobs $(JOBS)
 	python -m attention_transfer show --params $(PARAMS)
 

@@ -13,6 +13,8 @@ import tiny_study
 import yaml
 
 from attention_transfer import __main__ as command
+from attention_transfer import config
+from attention_transfer.commands import forecast as forecasting
 from attention_transfer.commands.forecast import of_experiment
 from attention_transfer.config import Study
 from attention_transfer.layout import Layout
@@ -212,6 +214,29 @@ def test_the_command_leaves_nothing_behind(
         assert words in said
     assert "images are not there yet: 60000 for training" in said
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_once_measures_nothing_where_students_have_been_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(forecasting, "show", lambda *_, **__: print("measured"))
+    Path("mine.yaml").write_text(yaml.safe_dump(study().model_dump(mode="json")))
+    plan_command(monkeypatch, "--once")
+    assert capsys.readouterr().out == "measured\n"
+    TINY.student("run", 0).mkdir(parents=True)
+    plan_command(monkeypatch, "--once")
+    assert capsys.readouterr().out == ""
+
+
+def test_the_plan_of_an_experiment_is_of_the_teachers_that_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    planned: list[Study] = []
+    monkeypatch.setattr(forecasting, "show", lambda study, *_, **__: planned.append(study))
+    monkeypatch.setattr(sys, "argv", ["attention_transfer", "plan", "--params", "presets/full/size.yaml"])
+    command.main()
+    assert set(planned[0].teachers) == {"mae_small", "mae_large"}
+    assert set(planned[0].runs) == set(config.load("presets/full/size.yaml").runs)
 
 
 @pytest.mark.parametrize(

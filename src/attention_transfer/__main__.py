@@ -63,10 +63,15 @@ def show(arguments: argparse.Namespace) -> None:
 def forecast(arguments: argparse.Namespace) -> None:
     """Measures a few steps here, and says what caches and stages will take, before anything is made."""
     from attention_transfer import config
+
+    study, found = config.load(arguments.params), config.experiments(arguments.params)
+    if arguments.once and (Layout.of(study).own / "students").is_dir():
+        return
+    if study.is_experiment:
+        study = study.with_used_teachers()
     from attention_transfer.commands import forecast
 
-    found = config.experiments(arguments.params)
-    forecast.show(config.load(arguments.params), found, arguments.params, as_json=arguments.json)
+    forecast.show(study, found, arguments.params, as_json=arguments.json)
 
 
 def detectable(arguments: argparse.Namespace) -> None:
@@ -172,6 +177,9 @@ def main() -> None:
         if name in ("check", "show", "plan", "detectable", "verify", "prune", "repro"):
             command.add_argument("--params", type=Path, default=Path("params.yaml"))
     commands.choices["plan"].add_argument("--json", action="store_true")
+    commands.choices["plan"].add_argument(
+        "--once", action="store_true", help="nothing where students have been trained already"
+    )
     commands.choices["detectable"].add_argument(
         "--pilot", type=Path, default=Path("params.yaml"), help="a study that has run (default: params.yaml)"
     )

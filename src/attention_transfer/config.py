@@ -267,6 +267,11 @@ class Study(Section):
         used = {name for run in self.runs.values() for name in (run.teacher, run.initial)}
         return tuple(name for name in self.teachers if name in used)
 
+    def with_used_teachers(self) -> Self:
+        """The study without the teachers that no run of its own takes anything from."""
+        used = {name: self.teachers[name] for name in self.transferred_from}
+        return self.model_copy(update={"teachers": used})
+
     @property
     def finetuned_from(self) -> tuple[str, ...]:
         """Teachers that `finetuned_teachers` start from."""
