@@ -11,7 +11,7 @@ from attention_transfer.errors import StudyError
 from attention_transfer.files import fingerprint, sha256
 from attention_transfer.reporting import page
 
-RULES = [f"src/attention_transfer/reporting/{name}.py" for name in ("claims", "contrasts")]
+RULES = [f"src/attention_transfer/reporting/{name}.py" for name in ("claims", "contrasts", "further_claims")]
 
 
 def main(this: Stage) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from attention_transfer.assembly import Parts
+from attention_transfer.config import Study
 from attention_transfer.data import views
-from attention_transfer.evaluation import attention_statistics, similarity
+from attention_transfer.evaluation import attention_statistics, foreground, similarity
 from attention_transfer.evaluation.predictions import BATCH
 from attention_transfer.files import fingerprint, sha256, write_text
 from attention_transfer.models import students
@@ -36,6 +37,7 @@ LAYERS = [
     "matched_divergence",
     "distance",
     "entropy",
+    "on_objects",
 ]
 CKA = ["run", "seed", "reference", "layer", "reference_layer", "cka"]
 
@@ -62,19 +64,25 @@ def main(this: Stage) -> None:
     def work() -> dict[str, Any]:
         layers: list[dict[str, Any]] = []
         pairs: list[dict[str, Any]] = []
+        shares = {patch: object_shares(parts, count, patch) for patch in patch_sizes(study)} if count else {}
         names = {run.teacher for run in study.runs.values()} if count else set()
         teachers = {name: of_teacher(parts, name, count) for name in sorted(names)}
-        for seed in tqdm(
-            study.seeds if count else (), desc="similarity", unit="seed", mininterval=5, delay=2
+        finetune = study.report.finetune if study.report is not None else None
+        for seed, other_seed in tqdm(
+            pairs_of_seeds(study) if count else (), desc="similarity", unit="seed", mininterval=5, delay=2
         ):
             seen = {name: of_student(parts, name, seed, count) for name in study.runs}
             for name, run in study.runs.items():
                 references = {"teacher": teachers[run.teacher]}
-                if study.report is not None and name != study.report.finetune:
-                    references["finetune"] = seen[study.report.finetune]
+                if finetune is not None and name != finetune:
+                    references["finetune"] = seen[finetune]
+                elif finetune is not None and other_seed is not None:
+                    # How unlike two fine-tuned students are by chance: the yardstick of the others.
+                    references["finetune"] = of_student(parts, finetune, other_seed, count)
                 for reference, other in references.items():
                     place = {"run": name, "seed": seed, "reference": reference}
-                    compared = compare(seen[name], other, study.architecture(name).patch_size)
+                    patch = study.architecture(name).patch_size
+                    compared = compare(seen[name], other, patch, shares[patch])
                     layers += [place | row for row in compared[0]]
                     pairs += [place | row for row in compared[1]]
         for file, rows, columns in (("layers", layers, LAYERS), ("cka", pairs, CKA)):
@@ -103,6 +111,24 @@ def main(this: Stage) -> None:
         work=work,
         live=False,
     )
+
+
+def patch_sizes(study: Study) -> set[int]:
+    """Of the students."""
+    return {study.architecture(name).patch_size for name in study.runs}
+
+
+def object_shares(parts: Parts, count: int, patch_size: int) -> Tensor:
+    """Of each patch of the first so many test images, the share that the object covers: (images, patches)."""
+    return torch.from_numpy(foreground.shares(parts.test.images[:count], patch_size))
+
+
+def pairs_of_seeds(study: Study) -> list[tuple[int, int | None]]:
+    """Each seed and the one behind it, the first behind the last; None where there is no other."""
+    seeds = study.seeds
+    if len(seeds) == 1:
+        return [(seeds[0], None)]
+    return list(zip(seeds, (*seeds[1:], seeds[0]), strict=True))
 
 
 def of_teacher(parts: Parts, name: str, count: int) -> Seen:
@@ -166,7 +192,9 @@ def look(
     return Seen([torch.cat(parts) for parts in features], [torch.cat(parts) for parts in maps], tokens)
 
 
-def compare(seen: Seen, other: Seen, patch_size: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def compare(
+    seen: Seen, other: Seen, patch_size: int, shares: Tensor
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows of layers.csv, layer against the same layer, and of cka.csv, each against each."""
     cka = similarity.cka_matrix(seen.features, other.features)
     pairs = [
@@ -188,6 +216,9 @@ def compare(seen: Seen, other: Seen, patch_size: int) -> tuple[list[dict[str, An
                 "matched_divergence": similarity.matched(divergence)[0],
                 "distance": float(distance.mean()),
                 "entropy": float(attention_statistics.mean_entropy(own).mean()),
+                "on_objects": float(
+                    attention_statistics.attention_on(own, shares, seen.tokens.prefix).mean()
+                ),
             }
         )
     return rows, pairs

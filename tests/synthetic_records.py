@@ -212,10 +212,9 @@ def _write_similarity(folder: Path, study: Study, numbers: Numbers) -> None:
     rows: list[dict[str, Any]] = [
         {"run": run, "seed": seed, "reference": reference, "layer": layer}
         | {"cka": (1 - layer / 10) * share, "divergence": 0.1 + seed / 100, "matched_divergence": 0.05}
-        | {"distance": 9.0, "entropy": 2.0}
+        | {"distance": 9.0, "entropy": 2.0, "on_objects": 1.5 if run == "copy" else 1.1 + seed / 100}
         for run, seed in study.grid
-        for reference, share in (("teacher", 1.0), ("finetune", 0.5))
-        if (run, reference) != ("finetune", "finetune")
+        for reference, share in (("teacher", 1.0), ("finetune", 0.8 if run == "finetune" else 0.5))
         for layer in range(DEPTH)
     ]
     folder.mkdir(exist_ok=True)
@@ -229,6 +228,19 @@ def _write_similarity(folder: Path, study: Study, numbers: Numbers) -> None:
         ]
     ).to_csv(folder / "cka.csv", index=False)
     run_record.write(folder, _record("similarity", {}, numbers), [folder / "layers.csv", folder / "cka.csv"])
+
+
+def write_similarity_of(metrics: Path, experiment: str, run: str) -> pd.DataFrame:
+    """Of an experiment's run, as if it were the copied one of the main comparison; gives the rows."""
+    source, folder = metrics / "similarity", metrics / "similarity" / experiment
+    frame = pd.read_csv(source / "layers.csv")
+    frame = frame[(frame["run"] == "copy") & (frame["reference"] == "teacher")].assign(run=run)
+    folder.mkdir(exist_ok=True)
+    frame.to_csv(folder / "layers.csv", index=False)
+    record = json.loads((source / "run.json").read_text())
+    kept = {key: value for key, value in record.items() if key not in ("digest", "outputs")}
+    run_record.write(folder, kept, [folder / "layers.csv"])
+    return frame
 
 
 def _write_training(

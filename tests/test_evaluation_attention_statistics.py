@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from attention_transfer.evaluation.attention_statistics import mean_attention_distance, mean_entropy
+from attention_transfer.evaluation.attention_statistics import (
+    attention_on,
+    mean_attention_distance,
+    mean_entropy,
+)
 
 BLOCK = "attention_transfer.evaluation.attention_statistics.BLOCK"
 
@@ -146,9 +150,54 @@ def test_rows_are_divided_by_their_sum() -> None:
 def test_blocks_are_of_no_effect(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     maps = draw_maps(5, 3, 13, 13)
     expected = mean_attention_distance(maps, (3, 4), 8, 1), mean_entropy(maps)
+    shares = torch.rand(5, 12, generator=torch.Generator().manual_seed(0))
+    expected_on = attention_on(maps, shares, 1)
     monkeypatch.setattr(BLOCK, block)
+    torch.testing.assert_close(attention_on(maps, shares, 1), expected_on)
     torch.testing.assert_close(mean_attention_distance(maps, (3, 4), 8, 1), expected[0])
     torch.testing.assert_close(mean_entropy(maps), expected[1])
+
+
+def on_by_loops(maps: Tensor, shares: Tensor, prefix: int) -> list[float]:
+    """One example, head and query at a time; examples without any are left out."""
+    examples, heads, tokens, _ = maps.shape
+    found = []
+    for head in range(heads):
+        ratios = []
+        for example, query in itertools.product(range(examples), range(prefix, tokens)):
+            row, weights = maps[example, head, query, prefix:].tolist(), shares[example].tolist()
+            if equal := math.fsum(weights) / len(weights):
+                looked = math.fsum(a * b for a, b in zip(row, weights, strict=True)) / math.fsum(row)
+                ratios.append(looked / equal)
+        found.append(math.fsum(ratios) / len(ratios) if ratios else math.nan)
+    return found
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**31 - 1),
+    size=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    patches=st.integers(1, 9),
+    prefix=st.sampled_from([0, 1, 5]),
+    empty=st.booleans(),
+)
+def test_attention_on_something_is_that_of_loops(
+    seed: int, size: tuple[int, int], patches: int, prefix: int, *, empty: bool
+) -> None:
+    maps = draw_maps(*size, prefix + patches, prefix + patches, seed=seed)
+    shares = torch.rand(size[0], patches, generator=torch.Generator().manual_seed(seed))
+    shares[0] *= not empty
+    expected = on_by_loops(maps, shares, prefix)
+    assert attention_on(maps, shares, prefix).tolist() == pytest.approx(expected, nan_ok=True)
+
+
+def test_known_attention_on_something() -> None:
+    shares = torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+    uniform = torch.full((1, 2, 5, 5), 0.2)
+    assert attention_on(uniform, shares, prefix=1).tolist() == pytest.approx([1.0, 1.0])
+    assert attention_on(attending_to([0, 0, 0, 0], 4), shares, 0).tolist() == [4.0]
+    assert attention_on(attending_to([1, 2, 3, 1], 4), shares, 0).tolist() == [0.0]
+    assert attention_on(uniform, torch.zeros(1, 4), prefix=1).isnan().all()
 
 
 def test_unsound_input_is_refused() -> None:
@@ -180,3 +229,9 @@ def test_unsound_input_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             use()
+    with pytest.raises(ValueError, match="shares of each patch"):
+        attention_on(draw_maps(2, 1, 5, 5), torch.ones(2, 5), 1)
+    with pytest.raises(ValueError, match="values from 0 to 1"):
+        attention_on(draw_maps(2, 1, 5, 5), torch.full((2, 4), 1.5), 1)
+    with pytest.raises(ValueError, match="attend to none"):
+        attention_on(attending_to([0, 0, 1], 3), torch.ones(1, 2), 1)

@@ -190,8 +190,15 @@ def test_the_p_value_of_copy_is_below_5_percent_where_fiellers_interval_leaves_h
         assert (found.p_value < 0.05) == (found.effect.low > 0.5 or found.effect.high < 0.5)
 
 
+def test_the_gap_recovered_is_told_in_per_cent_of_it(tmp_path: Path) -> None:
+    judged, _ = judge(tmp_path, Numbers())
+    assert judged["main/copy"].measured.endswith(" % of the gap")
+    assert judged["main/distill"].measured.endswith(" points")
+
+
 def test_a_claim_can_be_quoted() -> None:
-    claim = Claim("main/copy", "Copying helps.", "p", "r", Interval(0.5, 0.4, 0.6, 5), "not resolved")
+    effect = Interval(0.5, 0.4, 0.6, 5)
+    claim = Claim("main/copy", "Copying helps.", "p", "r", effect, "not resolved", unit="% of the gap")
     assert (
         claim.sentence
         == "“Copying helps” is not resolved here: 50.00 [40.00, 60.00] % of the gap over 5 seeds."

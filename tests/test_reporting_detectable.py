@@ -56,7 +56,7 @@ def test_experiments_of_the_full_study_are_judged_before_they_run(pilot: Records
     found = detectable.table(config.load(path), config.experiments(path), pilot).frame.set_index("claim")
     features = found.loc["feature/residual_stream"]
     assert features["standard_deviation"] == pytest.approx(0.04 * np.sqrt(2))
-    assert features["seeds"] == 3
+    assert features["seeds"] == 5
     assert found.loc["main/distill", "seeds"] == 5
     assert np.isfinite(found["smallest_detectable"]).all()
 

@@ -135,6 +135,7 @@ def experiment_of(
     record = json.loads((metrics / "evaluate" / "run.json").read_text())
     kept = {key: value for key, value in record.items() if key not in ("digest", "outputs")}
     run_record.write(folder, kept, [folder / "scores.csv"])
+    synthetic.write_similarity_of(metrics, name, "copy_query")
     runs = {run: study.runs["copy"].model_copy(update={"transfer": "query"}) for run in accuracy}
     seeds = tuple(next(iter(accuracy.values())))
     return study.model_copy(

@@ -15,7 +15,7 @@ import synthetic_records as synthetic
 from PIL import Image
 from synthetic_records import Numbers
 
-from attention_transfer import config
+from attention_transfer.config_runs import Method
 from attention_transfer.errors import StudyError
 from attention_transfer.reporting import figures, page
 from attention_transfer.reporting.records import load
@@ -131,7 +131,10 @@ def test_the_page_says_what_it_must(report: Path) -> None:
 @pytest.mark.slow
 def test_claims_json(report: Path) -> None:
     claims = json.loads((report / "claims.json").read_text())
-    assert {claim["experiment"] for claim in claims} == {"main", "ensemble", "shift"}
+    assert {claim["experiment"] for claim in claims} == {
+        *("main", "ensemble", "shift"),
+        *("similarity", "maps", "cost"),
+    }
     for claim in claims:
         assert {
             *("id", "experiment", "claim", "published", "effect"),
@@ -212,7 +215,7 @@ def test_a_method_has_one_colour_and_runs_differ_in_grey() -> None:
 
 
 def test_every_method_has_a_colour() -> None:
-    assert set(figures.METHOD_COLOURS) == set(get_args(config.Method))
+    assert set(figures.METHOD_COLOURS) == set(get_args(Method))
     assert len(set(figures.METHOD_COLOURS.values())) == len(figures.METHOD_COLOURS)
 
 

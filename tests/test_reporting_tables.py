@@ -120,7 +120,8 @@ def test_similarity_table(tmp_path: Path) -> None:
     assert found.loc[("scratch", "teacher"), "divergence_mean"] == pytest.approx(0.11)
     spread = 0.01 / 3**0.5 * 4.302653  # Student's t of two degrees of freedom
     assert found.loc[("scratch", "teacher"), "divergence_low"] == pytest.approx(0.11 - spread, rel=1e-5)
-    assert ("finetune", "finetune") not in found.index
+    assert found.loc[("finetune", "finetune"), "cka_mean"] == pytest.approx(0.8 * 0.75)  # of another seed
+    assert found.loc[("copy", "teacher"), "on_objects_mean"] == pytest.approx(1.5)
 
 
 def test_a_run_without_similarity_is_an_error(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import tiny_study
 import torch
 
 from attention_transfer.config import Report, Study
+from attention_transfer.evaluation import attention_statistics, foreground
 from attention_transfer.evaluation import similarity as measures
 from attention_transfer.layout import Layout
 from attention_transfer.models import students
@@ -98,6 +100,24 @@ def test_equal_models_are_alike_and_a_copied_map_is_the_teachers(content: str, f
     assert diagonal.sort_index().to_numpy() == pytest.approx(layers["cka"].sort_index().to_numpy(), abs=1e-6)
 
 
+def test_a_fine_tuned_student_is_compared_with_that_of_another_seed(folder: Path) -> None:
+    """How unlike two of them are by chance."""
+    study = make_study()
+    save_students(study)
+    for name in study.runs:
+        shutil.copytree(LAYOUT.student(name, 0), LAYOUT.student(name, 1))
+    # The teacher with a head for one seed, the fresh model for the other.
+    shutil.rmtree(LAYOUT.student("finetune", 1))
+    shutil.copytree(LAYOUT.student("scratch", 0), LAYOUT.student("finetune", 1))
+    layers, _ = run_stage(study.model_copy(update={"seeds": (0, 1)}))
+    of = {seed: rows.drop(columns="seed") for seed, rows in layers.groupby("seed")}
+    against_teacher = of[0].loc["scratch", "teacher"]
+    for seed in (0, 1):
+        same = of[seed].loc["finetune", "finetune"]
+        assert same["cka"].tolist() == pytest.approx(against_teacher["cka"].tolist(), abs=1e-6)
+        assert same["divergence"].tolist() == pytest.approx(against_teacher["divergence"].tolist(), abs=1e-6)
+
+
 def test_features_and_maps_are_those_of_the_models_forward_pass(folder: Path) -> None:
     """Against features by timm's own extractor, and maps read in one batch."""
     study = make_study()
@@ -122,6 +142,11 @@ def test_features_and_maps_are_those_of_the_models_forward_pass(folder: Path) ->
         assert row["divergence"] == pytest.approx(measures.unmatched(divergence), abs=1e-5)
         entropy = torch.special.entr(maps[0][layer]).sum(dim=-1).mean()
         assert row["entropy"] == pytest.approx(float(entropy), abs=1e-5)
+        patch = study.architecture("scratch").patch_size
+        shares = torch.from_numpy(foreground.shares(parts.test.images[:12], patch))
+        looked = maps[0][layer].mean(dim=1, keepdim=True).float()  # of all heads together
+        on = attention_statistics.attention_on(looked, shares, looked.shape[-1] - shares.shape[-1])
+        assert row["on_objects"] == pytest.approx(float(on), abs=1e-2, nan_ok=True)
 
 
 def test_a_search_that_reads_no_test_image_has_no_rows(folder: Path) -> None:

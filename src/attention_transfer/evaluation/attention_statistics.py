@@ -56,6 +56,51 @@ def mean_attention_distance(maps: Tensor, grid: tuple[int, int], patch_size: int
 
 
 @torch.no_grad()
+def attention_on(maps: Tensor, shares: Tensor, prefix: int) -> Tensor:
+    """How much each head looks at something, as a multiple of what equal attention to all patches would give it.
+
+    The attention that patches pay to patches, renormalised, weighted by each patch's share: mean over queries,
+    divided by the mean share of the image's patches; mean over those examples in which that is not 0.
+
+    Args:
+        maps: (examples, heads, tokens, tokens), each row a distribution over the keys.
+        shares: (examples, patches), of each patch the share that is looked for, between 0 and 1.
+        prefix: tokens before the patches: class token and registers.
+
+    Returns:
+        (heads,), float64: 1 for equal attention; NaN if it is in no example.
+
+    Raises:
+        ValueError: shapes or values are not as above, or some patch pays no attention to any patch.
+    """
+    check_maps(maps, "maps")
+    examples, heads, queries, keys = maps.shape
+    patches = keys - prefix
+    if not (queries == keys and shares.shape == (examples, patches) and patches > 0):
+        raise ValueError(
+            f"expected maps of {prefix} + patches queries and keys and shares of each patch, got "
+            f"{tuple(maps.shape)} and {tuple(shares.shape)}"
+        )
+    if not bool(((shares >= 0) & (shares <= 1)).all()):
+        raise ValueError(
+            f"shares: expected values from 0 to 1, got {float(shares.min())} to {float(shares.max())}"
+        )
+    equal = shares.double().mean(dim=-1)
+    shown = equal > 0
+    total = torch.zeros(heads, dtype=torch.float64, device=maps.device)
+    for at, line in blocks(examples, patches, heads * keys, BLOCK):
+        weights = distributions(maps[at, :, prefix:][:, :, line], "maps")[..., prefix:]
+        to_patches = weights.sum(dim=-1)
+        if not (to_patches > 0).all():
+            raise ValueError("maps: expected every patch to attend to patches, got some that attend to none")
+        looked = (weights * shares[at].double()[:, None, None]).sum(dim=-1) / to_patches
+        relative = looked / equal[at].clamp_min(torch.finfo(torch.float64).tiny)[:, None, None]
+        total += relative[shown[at]].sum(dim=(0, 2))
+    count = int(shown.sum())
+    return total / (count * patches) if count else torch.full_like(total, torch.nan)
+
+
+@torch.no_grad()
 def mean_entropy(maps: Tensor) -> Tensor:
     """How widely each head looks: entropy of its rows in nats, mean over queries and examples.
 

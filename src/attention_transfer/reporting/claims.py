@@ -26,7 +26,7 @@ from attention_transfer.reporting import contrasts, robustness
 from attention_transfer.reporting.contrasts import Verdict
 from attention_transfer.reporting.experiments import Experiment, accuracies
 from attention_transfer.reporting.records import UNSHIFTED, Records
-from attention_transfer.reporting.tables import per_cent, run_gap
+from attention_transfer.reporting.tables import per_cent, plain, run_gap
 
 MOST_OF_THE_GAP = 0.5
 MAIN = (
@@ -121,6 +121,7 @@ class Claim:
         p_value: of the test behind the verdict; NaN with one seed.
         p_adjusted: by Holm, of a main claim; NaN of others.
         size: the effect in standard deviations of its values over seeds.
+        unit: of the effect; points, and what begins with %, are hundredths.
     """
 
     id: str
@@ -134,6 +135,7 @@ class Claim:
     p_value: float = math.nan
     p_adjusted: float = math.nan
     size: EffectSize | None = None
+    unit: str = "points"
 
     @property
     def experiment(self) -> str:
@@ -142,7 +144,8 @@ class Claim:
     @property
     def measured(self) -> str:
         """The effect with its interval and unit."""
-        return f"{per_cent(self.effect)} {'% of the gap' if self.id == 'main/copy' else 'points'}"
+        shown = per_cent if self.unit == "points" or self.unit.startswith("%") else plain
+        return f"{shown(self.effect)} {self.unit}"
 
     @property
     def sentence(self) -> str:
@@ -159,6 +162,7 @@ class Claim:
             "published": self.published,
             "effect": _finite(self.effect.mean),
             "interval": [_finite(self.effect.low), _finite(self.effect.high)],
+            "unit": self.unit,
             "n_seeds": self.effect.n,
             "rule": self.rule,
             "exploratory": self.exploratory,
@@ -297,7 +301,8 @@ def _copy_recovers(records: Records, report: Report) -> Claim:
         verdict = "not resolved"
     # The gap recovered is above a share of the gap where this is above 0.
     beyond = copied - scratch - MOST_OF_THE_GAP * (finetune - scratch)
-    return _claim("main/copy", recovered, verdict, note, values=beyond, confidence=confidence)
+    found = _claim("main/copy", recovered, verdict, note, values=beyond, confidence=confidence)
+    return replace(found, unit="% of the gap")
 
 
 def _distill_equals(records: Records, report: Report) -> Claim:

@@ -128,13 +128,14 @@ def judge(
         effect = mean_interval(effects, confidence)
         judged.append(
             Judged(
-                contrast, effects, effect, seeds, _verdict(contrast.rule, effects, effect, margin, confidence)
+                contrast, effects, effect, seeds, verdict(contrast.rule, effects, effect, margin, confidence)
             )
         )
     return judged, untested
 
 
-def _verdict(rule: Rule, effects: np.ndarray, effect: Interval, margin: float, confidence: float) -> Verdict:
+def verdict(rule: Rule, effects: np.ndarray, effect: Interval, margin: float, confidence: float) -> Verdict:
+    """What the rule says of an effect, with one value a seed and their interval."""
     if not math.isfinite(effect.low):  # one seed
         return "not resolved"
     match rule:

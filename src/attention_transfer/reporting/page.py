@@ -20,6 +20,7 @@ from attention_transfer.reporting import (
     cost,
     experiment_figures,
     figures,
+    further_claims,
     replication,
     robustness,
     similarity_figures,
@@ -54,7 +55,14 @@ SECTIONS: tuple[Section, ...] = (
     ("recipes", "Recipes and time", (), ("recipes", "time")),
 )
 """Anchor, heading, figures and tables of each section; what a study does not have is left out."""
-EXPERIMENTS = {"main": "Main comparison", "ensemble": "Ensembles", "shift": "Distribution shift"}
+EXPERIMENTS = {
+    "main": "Main comparison",
+    "ensemble": "Ensembles",
+    "shift": "Distribution shift",
+    "similarity": "How alike the models are",
+    "maps": "Where the models look",
+    "cost": "What the methods cost",
+}
 
 
 def build(
@@ -99,6 +107,10 @@ def build(
     judged, untested = claims.judge(records, report)
     more = experiment_records.load(ready, metrics)
     found, reasons = claims.of_experiments(records, more, report)
+    judged, untested = judged + found, untested | reasons
+    found, reasons = further_claims.judge(
+        records, report, metrics, {name: name in ready for name in experiments}
+    )
     judged, untested = judged + found, untested | reasons
     untested |= claims.not_run([name for name in experiments if name not in ready])
     all_tables = tables.build(records, report) + [
@@ -159,6 +171,7 @@ def _data_uri(drawing: Drawing, folder: Path) -> str:
 
 def _verdicts(judged: list[Claim], untested: dict[str, str], headings: Mapping[str, str]) -> dict[str, Any]:
     texts = claims.CLAIMS | {contrast.id: contrast.claim for contrast in CONTRASTS}
+    texts |= {further.id: further.claim for further in further_claims.FURTHER}
     return {
         "claims": [_claim_row(claim, headings) for claim in judged],
         "untested": [

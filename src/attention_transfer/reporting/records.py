@@ -31,9 +31,9 @@ _ENSEMBLES = [
 ]
 _COMPARISONS = ["first", "second", "set", "shift", "difference", "low", "high", "seeds", "examples"]
 _CALIBRATION = ["run", "seed", "temperature", "nll", "ece", "nll_scaled", "ece_scaled"]
-_SIMILARITY = [
+SIMILARITY = [
     *("run", "seed", "reference", "layer"),
-    *("cka", "divergence", "matched_divergence", "distance", "entropy"),
+    *("cka", "divergence", "matched_divergence", "distance", "entropy", "on_objects"),
 ]
 _CKA = ["run", "seed", "reference", "layer", "reference_layer", "cka"]
 _CURVE = ["epoch", "step", "task_loss", "attention_loss", "learning_rate", "validation_accuracy"]
@@ -137,7 +137,7 @@ def load(study: Study, metrics: Path) -> Records:
         ensembles=_ensembles(study, evaluate / "ensembles.csv"),
         comparisons=_comparisons(study, evaluate / "comparisons.csv"),
         calibration=_calibration(study, evaluate / "calibration.csv"),
-        similarity=_similarity(study, metrics / "similarity" / "layers.csv", _SIMILARITY),
+        similarity=_similarity(study, metrics / "similarity" / "layers.csv", SIMILARITY),
         cka=_similarity(study, metrics / "similarity" / "cka.csv", _CKA),
         probes={teacher: _probe(metrics / "probe" / teacher, teacher) for teacher in study.teachers},
         recipes={run: runs[run, study.seeds[0]][1]["params"] for run in study.runs},

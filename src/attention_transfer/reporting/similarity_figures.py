@@ -57,8 +57,8 @@ def _cka(records: Records, report: Report) -> Drawing:
     figure.colorbar(shown, ax=panels, label="CKA", shrink=0.8)
     caption = (
         "Linear CKA of the mean of the patch tokens behind every layer, between a run's layers and those of its "
-        "teacher or of the fine-tuned student of the same seed, on the same test images; mean over seeds. Layers are "
-        "counted from 0 at the input."
+        "teacher or of the fine-tuned student of the same seed (of the next seed, for that student itself), on the "
+        "same test images; mean over seeds. Layers are counted from 0 at the input."
     )
     return Drawing("cka", caption, figure)
 
@@ -89,8 +89,8 @@ def _divergence(records: Records, report: Report) -> Drawing:
     figure.colorbar(shown, ax=panels, label="divergence, nats", shrink=0.8)
     caption = (
         "Jensen-Shannon divergence of the attention maps from those of the teacher, or of the fine-tuned student of "
-        "the same seed: mean over heads, test images and seeds; under the best assignment of one model's heads to the "
-        "other's on the right."
+        "the same seed (of the next seed, for that student itself): mean over heads, test images and seeds; under the "
+        "best assignment of one model's heads to the other's on the right."
     )
     return Drawing("divergence", caption, figure)
 

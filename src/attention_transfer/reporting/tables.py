@@ -181,6 +181,7 @@ def similarity_table(records: Records, report: Report) -> Table:
         means = group.groupby("seed")[["cka", "divergence", "matched_divergence"]].mean()
         over = {column: over_seeds(records, means[column]) for column in means}
         over["last_cka"] = over_seeds(records, last["cka"])
+        over["on_objects"] = over_seeds(records, group.groupby("seed")["on_objects"].mean())
         row: dict[str, Any] = {"run": run, "reference": reference, "seeds": len(means)}
         for column, interval in over.items():
             row |= spread(column, interval)
@@ -188,18 +189,22 @@ def similarity_table(records: Records, report: Report) -> Table:
         shown.append(
             {
                 "run": str(run),
-                "compared with": names[str(reference)],
+                "compared with": names[str(reference)]
+                + (", another seed" if (run, reference) == (report.finetune, "finetune") else ""),
                 "CKA of features, mean over layers": plain(over["cka"]),
                 "CKA behind the last layer": plain(over["last_cka"]),
                 "divergence of maps, nats": plain(over["divergence"]),
                 "divergence, heads matched, nats": plain(over["matched_divergence"]),
+                "attention on the object": plain(over["on_objects"]),
             }
         )
     caption = (
         "How alike two models are on the same test images, layer by layer: linear CKA of the mean of the patch "
         "tokens (1: alike but for a rotation; 0: unrelated), and Jensen-Shannon divergence of the attention maps (0 "
         "to 0.693), head by head and under the best assignment of heads: mean over layers and seeds with "
-        f"{level(records)} interval. The fine-tuned student is that of the same seed."
+        f"{level(records)} interval. The fine-tuned student is that of the same seed, or, of itself, of the next. "
+        "Attention on the object: that of patches to what differs from the plain ground around it, as a multiple of "
+        "what equal attention to all patches gives it."
     )
     columns = ["run", "reference", "seeds"] if not rows else None
     return Table("similarity", caption, pd.DataFrame(rows, columns=columns), pd.DataFrame(shown))
