@@ -20,6 +20,7 @@ from attention_transfer.errors import StudyError
 
 THREADS = "ATTENTION_TRANSFER_THREADS"  # see training/machine.py, which takes torch with it
 OF_STUDENTS = ("resolve", "train", "predict")  # stages that a study has by the hundred
+OMP = "OMP_NUM_THREADS"
 LARGEST_BATCH = 16  # stages that one DVC is given; starting it takes as long as a short stage
 PATIENCE = 60.0  # seconds until a process that has ended has said its last word
 TICK = 0.05
@@ -114,7 +115,8 @@ class Worker:
         self.clock, self.display = clock, display
         self.process = subprocess.Popen(
             [sys.executable, "-c", DVC, "dvc", "--wait-for-lock", "repro", "--single-item", *stages],
-            env={THREADS: str(threads), **os.environ},
+            # What torch's libraries read when they are loaded decides on last bits too, as much as its own setting.
+            env={THREADS: str(threads), **os.environ} | {OMP: os.environ.get(THREADS, str(threads))},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
