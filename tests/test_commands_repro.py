@@ -24,6 +24,7 @@ began = time.time()
 name = sys.argv[1]
 time.sleep(1.0)
 text = "".join(pathlib.Path(path).read_text() for path in sys.argv[2:])
+if os.environ.get("OMP_NUM_THREADS") != os.environ.get("ATTENTION_TRANSFER_THREADS"): sys.exit(4)
 if "bad" in text or pathlib.Path("fail-" + name).exists(): sys.exit(3)
 with open("log.jsonl", "a") as log:
     log.write(json.dumps([name, began, time.time(), os.environ.get("ATTENTION_TRANSFER_THREADS")]) + chr(10))
