@@ -325,7 +325,7 @@ def _equality(first: Values, second: Values, margin: float, confidence: float) -
     """Whether two are equal within the margin, in words too, and the p-value of that, or of the contrary."""
     difference = paired_difference(first, second, confidence)
     test = equivalent(first, second, margin, confidence)
-    note = f"equivalence margin {100 * margin:g} percentage points"
+    note = f"equivalence margin {100 * margin:g} points"
     if math.isfinite(test.p_value):
         note += f", p = {test.p_value:.2g} of the two one-sided tests"
     if abs(difference.mean) <= margin:
