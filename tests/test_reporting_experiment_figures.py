@@ -22,7 +22,7 @@ full = functools.cache(lambda: config.experiments(FULL))  # it takes most of a s
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Records:
-    study = synthetic.study()
+    study = synthetic.study(seeds=range(5))  # as many as any experiment has
     metrics, _ = synthetic.write(tmp_path_factory.mktemp("records"), study)
     return load(study, metrics)
 
