@@ -112,7 +112,7 @@ def _by_file(asked: list[str], *, own_data: bool) -> dict[str, list[str]]:
 
 def of_teachers(stage: str, block: str, study: Study) -> str:
     """The stage with the teachers that it uses in place of all, and without fine-tuned ones where no run has any."""
-    used = study.finetuned_from if stage == "finetuned" else study.transferred_from
+    used = (study.tutors if stage == "finetuned" else study).transferred_from
     for pattern, names in (
         (r"(?m)^( +- runs/\S+?/teachers)\n", [f"/{name}" for name in used]),
         (r"(?m)^( +- runs/\S+?/finetuned)\n", [""] if study.has_logit_losses else []),
@@ -129,7 +129,8 @@ def files() -> dict[Path, str]:
     whole = {name: with_code(name, block) if name else block for name, block in whole.items()}
     found = {ROOT / "dvc.yaml": "".join(whole.values())}
     for file in (ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))):
-        study, folder = config.load(file), ROOT / "studies" / config.load(file).name
+        study = config.load(file)
+        folder = ROOT / "studies" / study.name
         if (folder / "dvc.yaml").exists() and not (folder / "dvc.yaml").is_symlink():
             found[folder / "dvc.yaml"] = COPY + "".join(
                 of_teachers(name, block, study) for name, block in whole.items()
@@ -142,10 +143,11 @@ def files() -> dict[Path, str]:
 
 def links() -> dict[Path, Path]:
     """The params of each experiment, beside its graph."""
+    studies = {file: config.load(file) for file in (ROOT / "params.yaml", *(ROOT / "presets").glob("*.yaml"))}
     return {
-        ROOT / "studies" / config.load(file).name / name / "params.yaml": config.experiment_file(file, name)
-        for file in (ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml")))
-        for name in config.load(file).experiments
+        ROOT / "studies" / study.name / name / "params.yaml": config.experiment_file(file, name)
+        for file, study in studies.items()
+        for name in study.experiments
     }
 
 

@@ -273,12 +273,6 @@ class Study(Section):
         return self.model_copy(update={"teachers": used})
 
     @property
-    def finetuned_from(self) -> tuple[str, ...]:
-        """Teachers that `finetuned_teachers` start from."""
-        used = {tutor.run.teacher for tutor in self.finetuned_teachers.values()}
-        return tuple(name for name in self.teachers if name in used)
-
-    @property
     def has_logit_losses(self) -> bool:
         """Whether a run learns the predictions of one of `finetuned_teachers`."""
         return any(run.logit_loss is not None for run in self.runs.values())
