@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -46,11 +48,7 @@ def mean_attention_distance(maps: Tensor, grid: tuple[int, int], patch_size: int
     places = torch.cartesian_prod(*(torch.arange(side, device=maps.device) for side in grid)) * patch_size
     distances = torch.linalg.vector_norm((places[:, None] - places).double(), dim=-1)
     total = torch.zeros(heads, dtype=torch.float64, device=maps.device)
-    for at, line in blocks(examples, patches, heads * keys, BLOCK):
-        weights = distributions(maps[at, :, prefix:][:, :, line], "maps")[..., prefix:]
-        to_patches = weights.sum(dim=-1)
-        if not (to_patches > 0).all():
-            raise ValueError("maps: expected every patch to attend to patches, got some that attend to none")
+    for _, line, weights, to_patches in _of_patches(maps, prefix):
         total += ((weights * distances[line]).sum(dim=-1) / to_patches).sum(dim=(0, 2))
     return total / (examples * patches)
 
@@ -88,16 +86,23 @@ def attention_on(maps: Tensor, shares: Tensor, prefix: int) -> Tensor:
     equal = shares.double().mean(dim=-1)
     shown = equal > 0
     total = torch.zeros(heads, dtype=torch.float64, device=maps.device)
-    for at, line in blocks(examples, patches, heads * keys, BLOCK):
-        weights = distributions(maps[at, :, prefix:][:, :, line], "maps")[..., prefix:]
-        to_patches = weights.sum(dim=-1)
-        if not (to_patches > 0).all():
-            raise ValueError("maps: expected every patch to attend to patches, got some that attend to none")
+    for at, _, weights, to_patches in _of_patches(maps, prefix):
         looked = (weights * shares[at].double()[:, None, None]).sum(dim=-1) / to_patches
         relative = looked / equal[at].clamp_min(torch.finfo(torch.float64).tiny)[:, None, None]
         total += relative[shown[at]].sum(dim=(0, 2))
     count = int(shown.sum())
     return total / (count * patches) if count else torch.full_like(total, torch.nan)
+
+
+def _of_patches(maps: Tensor, prefix: int) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Blocks of patch queries: examples, queries, their attention to each patch and to all patches together."""
+    examples, heads, _, keys = maps.shape
+    for at, line in blocks(examples, keys - prefix, heads * keys, BLOCK):
+        weights = distributions(maps[at, :, prefix:][:, :, line], "maps")[..., prefix:]
+        to_patches = weights.sum(dim=-1)
+        if not (to_patches > 0).all():
+            raise ValueError("maps: expected every patch to attend to patches, got some that attend to none")
+        yield at, line, weights, to_patches
 
 
 @torch.no_grad()
