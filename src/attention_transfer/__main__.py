@@ -83,6 +83,13 @@ def detectable(arguments: argparse.Namespace) -> None:
     detectable.show(config.load(arguments.params), found, config.load(arguments.pilot))
 
 
+def compare(arguments: argparse.Namespace) -> None:
+    """Says what differs between two studies, or two revisions: params, and results with intervals."""
+    from attention_transfer.commands import compare
+
+    compare.show(arguments.first, arguments.second, as_json=arguments.json)
+
+
 def verify(arguments: argparse.Namespace) -> None:
     """Checks every byte of the attention caches, and recomputes a sample of their rows."""
     from attention_transfer import config
@@ -153,6 +160,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "show": show,
     "plan": forecast,
     "detectable": detectable,
+    "compare": compare,
     "verify": verify,
     "remake": remake,
     "repro": repro,
@@ -183,6 +191,11 @@ def main() -> None:
     commands.choices["detectable"].add_argument(
         "--pilot", type=Path, default=Path("params.yaml"), help="a study that has run (default: params.yaml)"
     )
+    for which in ("first", "second"):
+        commands.choices["compare"].add_argument(
+            which, help="a study (core, full, full/qkv), a revision of the default study, or REVISION:STUDY"
+        )
+    commands.choices["compare"].add_argument("--json", action="store_true")
     commands.choices["remake"].add_argument("stage", help="as DVC names it, such as train@copy-0")
     commands.choices["repro"].add_argument("--jobs", type=_jobs, default=1, help="stages at a time")
     commands.choices["repro"].add_argument(

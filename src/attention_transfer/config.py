@@ -243,12 +243,17 @@ class Study(Section):
     ensembles: dict[Name, Ensemble]
     report: Report | None
     """None: a study without the main comparison, such as a search for hyper-parameters."""
-    _own_data: bool = PrivateAttr(default=False)
+    _own_sections: tuple[str, ...] = PrivateAttr(default=())
 
     @property
     def own_data(self) -> bool:
         """Whether it is an experiment with other images, or another draw of them, than the study that it extends."""
-        return self._own_data
+        return "data" in self._own_sections
+
+    @property
+    def own_sections(self) -> tuple[str, ...]:
+        """Of an experiment with data of its own: `data`, and which of `views` and `attention` it changes."""
+        return self._own_sections
 
     @property
     def is_experiment(self) -> bool:
@@ -448,11 +453,12 @@ def load(path: Path | str) -> Study:
     """
     path = Path(path)
     values = params_yaml.read(path)
-    extended, own_data = EXTENDS in values, "data" in values
+    extended = EXTENDS in values
+    own = tuple(key for key in _WITH_DATA if key in values)
     if extended:
         values = _extended(path, values)
     study = _checked(path, values)
-    study._own_data = extended and own_data
+    study._own_sections = own if extended else ()
     if "/" in study.name and not extended:
         raise StudyError(
             f"name: {study.name!r} is an experiment's, which has the key {EXTENDS}",
@@ -505,6 +511,7 @@ def experiments(path: Path | str) -> dict[str, Study]:
 EXTENDS = "extends"  # key of an experiment's file: path of the study's, from there
 # What an experiment says for itself, beside which image sets it predicts; `data` too, key by key.
 _OWN = ("name", "seeds", "runs", "ensembles")
+_WITH_DATA = ("data", "views", "attention")  # one with data of its own writes caches of its own
 
 
 def _extended(path: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -519,13 +526,15 @@ def _extended(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         )
     _checked(base_path, base)
     own = values.get("evaluation", {})
-    shared = sorted(values.keys() & Study.model_fields.keys() - {*_OWN, "data", "evaluation"})
+    allowed = {*_OWN, "evaluation", *(_WITH_DATA if "data" in values else ())}
+    shared = sorted(values.keys() & Study.model_fields.keys() - allowed)
     shared += sorted(f"evaluation.{key}" for key in own if key != "sets") if isinstance(own, dict) else []
     if shared:
         raise StudyError(
             f"{', '.join(shared)}: is that of {base_path} for all of its experiments",
             where=str(path),
-            remedy=f"remove it here; an experiment has {', '.join(_OWN)}, data and evaluation.sets",
+            remedy=f"remove it here; an experiment has {', '.join(_OWN)}, evaluation.sets and data, with data also "
+            "views and attention",
         )
     if not str(values.get("name")).startswith(f"{base['name']}/"):
         raise StudyError(
@@ -537,8 +546,10 @@ def _extended(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     judged = {key: value for key, value in base["evaluation"].items() if key != "sets"}
     merged = {**kept, **values, "experiments": (), "report": None}
     merged["evaluation"] = {**judged, **own} if isinstance(own, dict) else own
-    if isinstance(data := values.get("data"), dict):
-        merged["data"] = {**base["data"], **data}
+    for section in _WITH_DATA:
+        if isinstance(values.get(section), dict):
+            merged[section] = {**base[section], **values[section]}
+    if isinstance(values.get("data"), dict):
         _same_images(path, merged, base_path, base)
     return merged
 
