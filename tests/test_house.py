@@ -138,6 +138,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "errors",
         "evaluation.statistics",
         "files",
+        "graph_file",
         "layout",
         "lock_file",
         "measuring",
