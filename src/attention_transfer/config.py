@@ -110,6 +110,7 @@ class Data(Section):
     image_size: Positive
     """Side of the square images, in pixels; other sizes are resized and centre-cropped."""
     channels: Literal[1, 3]
+    """Grey or RGB; images of the other kind are converted."""
     labelled: Positive
     """Labelled training images, drawn in the classes' proportions."""
     validation: Positive
@@ -193,7 +194,9 @@ class Evaluation(Section):
     sets: tuple[Literal["validation", "test", "shifts", "digits"], ...]
     """Image sets to predict on; a study that chooses hyper-parameters names `validation` alone."""
     shifts: tuple[Shift, ...]
+    """Corruptions of test images, after Hendrycks and Dietterich (2019); see data/shifts.py."""
     severities: tuple[Annotated[int, Field(ge=1, le=5)], ...]
+    """How strong they are, each of them."""
     shift_images: Positive
     """Test images, the same ones for each shift, drawn stratified."""
     calibration_bins: Positive
@@ -215,9 +218,13 @@ class Report(Section):
     """Which runs play which part in the tables and claims."""
 
     scratch: Name
+    """The run without a teacher: nothing of the gap."""
     finetune: Name
+    """The run that starts from the teacher's weights: all of the gap."""
     copied: Name
+    """Attention Copy."""
     distilled: Name
+    """Attention Distill."""
     attention_images: Positive
     """Images whose attention maps are drawn."""
     equivalence_margin: Fraction
@@ -228,19 +235,29 @@ class Study(Section):
     """A whole params.yaml, or an experiment with what it takes from the study that it extends."""
 
     name: StudyName
+    """Outputs lie below it: runs/<name>, metrics/<name>, reports/<name>."""
     experiments: tuple[Name, ...]
     """Further runs on this study's data and teachers: each in a file of its own, see `experiments`; [] for none."""
     seeds: tuple[Seed, ...]
+    """Of the students: every run is trained once with each."""
     data: Data
+    """Which images."""
     views: Views
+    """How training images are augmented."""
     attention: AttentionCache
+    """Where students get the teacher's attention."""
     training: Training
+    """What all runs share."""
     teachers: dict[Name, Teacher]
+    """Whose attention, features or weights the runs use."""
     finetuned_teachers: dict[Name, FinetunedTeacher]
     """For the distillation of logits; {} for none."""
     runs: dict[Name, Run]
+    """The ways to train a student that are compared."""
     evaluation: Evaluation
+    """On which images, and how they are judged."""
     ensembles: dict[Name, Ensemble]
+    """Pairs of runs whose predictions are averaged."""
     report: Report | None
     """None: a study without the main comparison, such as a search for hyper-parameters."""
     _own_sections: tuple[str, ...] = PrivateAttr(default=())
