@@ -92,6 +92,17 @@ def doctor(arguments: argparse.Namespace) -> None:
     sys.exit(doctor.show(arguments.params, as_json=arguments.json))
 
 
+def status(arguments: argparse.Namespace) -> None:
+    """Says which stages would run now and why, which may follow, and how long they took the last time."""
+    from attention_transfer import config, lock_file
+    from attention_transfer.commands import status
+    from attention_transfer.layout import Layout
+
+    study = config.load(arguments.params)
+    graph = lock_file.path(study.name).with_name("dvc.yaml")
+    status.show(graph, Layout.of(study).metrics, as_json=arguments.json)
+
+
 def compare(arguments: argparse.Namespace) -> None:
     """Says what differs between two studies, or two revisions: params, and results with intervals."""
     from attention_transfer.commands import compare
@@ -169,6 +180,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "check": check,
     "show": show,
     "plan": forecast,
+    "status": status,
     "detectable": detectable,
     "compare": compare,
     "verify": verify,
@@ -192,9 +204,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in COMMANDS.items():
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        if name in ("doctor", "check", "show", "plan", "detectable", "verify", "prune", "repro"):
+        if name in ("doctor", "status", "check", "show", "plan", "detectable", "verify", "prune", "repro"):
             command.add_argument("--params", type=Path, default=Path("params.yaml"))
-    for name in ("plan", "compare", "doctor"):
+    for name in ("plan", "status", "compare", "doctor"):
         commands.choices[name].add_argument("--json", action="store_true", help="for a program to read")
     commands.choices["plan"].add_argument(
         "--once", action="store_true", help="nothing where students have been trained already"
