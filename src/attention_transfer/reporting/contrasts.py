@@ -395,6 +395,13 @@ CONTRASTS: tuple[Contrast, ...] = (
         "below",
     ),
     Contrast(
+        "labels/value",
+        "With ten times the labels, copying values alone is worse than copying the map.",
+        "direction only: values do not help as maps do",
+        difference("copy_value_labels", "copy_labels"),
+        "below",
+    ),
+    Contrast(
         "labels/copy",
         "With ten times the labels, Attention Copy recovers more than half of the gap.",
         "copy recovers 77.8 % of the gap, all labels of ImageNet",
