@@ -9,9 +9,7 @@ from typing import Any
 from attention_transfer import config, provenance, tracking
 from attention_transfer.errors import StudyError
 from attention_transfer.files import fingerprint, sha256
-from attention_transfer.reporting import page
-
-RULES = [f"src/attention_transfer/reporting/{name}.py" for name in ("claims", "contrasts", "further_claims")]
+from attention_transfer.reporting import page, rules
 
 
 def main(this: Stage) -> None:
@@ -27,7 +25,7 @@ def main(this: Stage) -> None:
                 layout.artifacts,
                 layout.report,
                 experiments=experiments,
-                rules_fixed=provenance.last_change(*map(Path, RULES)),
+                rules_fixed=dict(zip(rules.names(), provenance.last_changes(rules.FILE), strict=True)),
             )
             for path in sorted((layout.report / "figures").glob("*.png")):
                 this.tracker.log_artifact(path)

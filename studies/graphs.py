@@ -70,8 +70,9 @@ def with_code(stage: str, block: str) -> str:
     return block[: found.start(2)] + "\n".join(lines) + "\n" + block[found.end(2) :]
 
 
-def of_experiment(block: str, *, own_data: bool) -> str:
+def of_experiment(block: str, own_sections: tuple[str, ...]) -> str:
     """The stage with its own outputs apart from the study's, and its params in two files."""
+    own_data = "data" in own_sections
     own = ["resolved", "students", "predictions", *(["data", "splits", "cache"] if own_data else [])]
     records = ["evaluate", "similarity", *(OF_DATA if own_data else [])]
     for pattern, replacement in (
@@ -89,13 +90,13 @@ def of_experiment(block: str, *, own_data: bool) -> str:
     asked = [line.split("- ")[1] for line in found[2].splitlines()]
     params = [
         "\n".join([f"{found[1]}- ${{where.{file}}}:", *(f"{found[1]}    - {key}" for key in keys)])
-        for file, keys in _by_file(asked, own_data=own_data).items()
+        for file, keys in _by_file(asked, own_sections).items()
         if keys
     ]
     return block[: found.start()] + "\n".join(params) + "\n" + block[found.end() :]
 
 
-def _by_file(asked: list[str], *, own_data: bool) -> dict[str, list[str]]:
+def _by_file(asked: list[str], own_sections: tuple[str, ...]) -> dict[str, list[str]]:
     """The params that a stage depends on: those in the experiment's file, and those in the study's."""
     own, shared = [], []
     for key in asked:
@@ -105,7 +106,7 @@ def _by_file(asked: list[str], *, own_data: bool) -> dict[str, list[str]]:
         else:
             shared.append(key)
             # Here a part may be the experiment's own: it depends on the section in both files.
-            if key == "evaluation" or (section == "data" and own_data):
+            if key == "evaluation" or section in own_sections:
                 own.append(section)
     return {"params": list(dict.fromkeys(own)), "shared": shared}
 
@@ -156,7 +157,7 @@ def _experiment(whole: dict[str, str], experiment: Study) -> str:
     shared = "Teachers" if own_data else "Images, splits, teachers, caches and shifts"
     stages = (*OF_DATA, *OF_EXPERIMENTS) if own_data else OF_EXPERIMENTS
     text = HEADER.format(shared=shared) + "".join(
-        of_teachers(name, of_experiment(whole[name], own_data=own_data), experiment) for name in stages
+        of_teachers(name, of_experiment(whole[name], experiment.own_sections), experiment) for name in stages
     )
     return text.rstrip() + "\n"
 

@@ -153,7 +153,7 @@ def test_an_experiment_takes_what_its_own_stages_take(
     trained = 3 * sum(plans[name].train + plans[name].predict for name in runs)
     # resolve for each run; evaluate and similarity
     assert of_experiment(more, MEASURED) == pytest.approx(trained + 3.0 * (2 + 2))
-    more._own_data = True
+    more._own_sections = ("data",)
     # data and split; of two teachers one is its own: that cache alone
     assert of_experiment(more, MEASURED) == pytest.approx(trained + 3.0 * (2 + 2 + 2) + 3 + 57 * 0.02)
 

@@ -153,7 +153,7 @@ def test_what_experiments_need_stays_as_long_as_the_study_names_them() -> None:
 
 def test_what_an_experiment_with_data_of_its_own_needs_stays() -> None:
     digits = STUDY.model_copy(update={"name": "tiny/digits", "runs": {"copy_digits": STUDY.runs["run"]}})
-    digits._own_data = True
+    digits._own_sections = ("data",)
     assert digits.cached_teachers == ("first",)
     theirs = {
         "runs/tiny/experiments/digits/data/train_images.npy",

@@ -99,7 +99,21 @@ def test_data_of_its_own_are_said_key_by_key(folder: Path) -> None:
     found = config.load(write(folder, experiment(data={"seed": 7, "labelled": 90})))
     assert found.own_data
     assert found.data == study.data.model_copy(update={"seed": 7, "labelled": 90})
+    assert found.own_sections == ("data",)
     assert study.cached_teachers == ("mae",)
+
+
+def test_with_data_of_its_own_its_views_and_its_way_to_attention_may_be_too(folder: Path) -> None:
+    study = config.load(folder / "whole.yaml")
+    path = write(
+        folder, experiment(data={"labelled": 90}, attention={"source": "online"}, views={"flip": 0.0})
+    )
+    found = config.load(path)
+    assert found.own_sections == ("data", "views", "attention")
+    assert found.attention == study.attention.model_copy(update={"source": "online"})
+    assert found.views == study.views.model_copy(update={"flip": 0.0})
+    path = write(folder, experiment(data={"labelled": 90}, attention={"sauce": "online"}))
+    assert "attention.sauce: unknown key; did you mean 'source'" in refusal(path).problem
 
 
 def test_with_data_of_its_own_it_caches_the_teachers_of_its_runs_alone(folder: Path) -> None:

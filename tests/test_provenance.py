@@ -190,17 +190,26 @@ def test_there_is_no_revision_outside_a_repository(tmp_path: Path, monkeypatch: 
 def test_there_is_no_revision_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     assert provenance.git_state() == {"git_revision": None, "git_dirty": None}
-    assert provenance.last_change(Path("src/a.py")) is None
+    assert provenance.last_changes(Path(provenance.__file__))[:2] == [None, None]
 
 
-def test_the_commit_that_last_changed_a_file(repository: Callable[..., None]) -> None:
+def test_the_commit_that_last_changed_each_line(
+    repository: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = Path("rules.jsonl")
+    rules.write_text("one\ntwo\n")
+    repository("add", "-A")
+    repository("commit", "-m", "first")
     first = provenance.git_state()["git_revision"]
-    Path("params.yaml").write_text("2\n")
+    rules.write_text("one\ntwo, changed\nthree\n")
     repository("commit", "-am", "second")
     second = provenance.git_state()["git_revision"]
-    assert provenance.last_change(Path("src/a.py")) == first
-    assert provenance.last_change(Path("src/a.py"), Path("params.yaml")) == second
-    Path("src/a.py").write_text("3\n")  # not what was committed
-    assert provenance.last_change(Path("src/a.py")) is None
-    assert provenance.last_change(Path("params.yaml")) == second
-    assert provenance.last_change(Path("no_such_file")) is None
+    assert provenance.last_changes(rules) == [first, second, second]
+    rules.write_text("one\ntwo, changed\nthree, not committed\n")
+    assert provenance.last_changes(rules) == [first, second, None]
+    repository("checkout", "--", ".")
+    shallow = tmp_path / "shallow"
+    repository("clone", "--depth", "1", f"file://{Path.cwd()}", str(shallow))
+    assert provenance.last_changes(rules) == [first, second, second]
+    monkeypatch.chdir(shallow)  # what came before its only commit is not known
+    assert provenance.last_changes(rules) == [None, None, None]

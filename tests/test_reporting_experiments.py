@@ -29,7 +29,7 @@ MARGIN = 0.01
 def judged(contrast: Contrast, values: Mapping[str, Mapping[int, float]]) -> contrasts.Judged:
     found, untested = judge([contrast], lambda run: values.get(run, {}), margin=MARGIN, confidence=0.95)
     assert untested == {}
-    return found[0]
+    return found[0][1]
 
 
 def of(rule: contrasts.Rule) -> Contrast:
@@ -179,17 +179,21 @@ def test_the_page_has_a_section_for_each_experiment(
     written: tuple[Study, Path, Path, dict[str, Study]], tmp_path: Path
 ) -> None:
     study, metrics, artifacts, studies = written
-    page.build(
-        study, metrics, artifacts, tmp_path / "report", experiments=studies, rules_fixed="0123456789abcdef"
-    )
+    fixed = {"qkv/query": "0123456789abcdef", "qkv/value": None}
+    page.build(study, metrics, artifacts, tmp_path / "report", experiments=studies, rules_fixed=fixed)
     html = (tmp_path / "report" / "report.html").read_text()
-    assert 'id="qkv"' in html
-    assert "Queries, keys, values, exploratory" in html
+    section = html[html.index('<section id="qkv">') :].partition("</section>")[0]
+    assert "<code>make study STUDY=synthetic/qkv</code>" in section
+    assert section.count('<span class="soft">exploratory</span>') == 2
+    assert html.count('<span class="soft">exploratory</span>') > 2
+    assert re.search(r'<a href="#claims-qkv">Queries, keys, values</a></th><td>[^/]*</td><td>', html)
     assert "copy_query − copy, paired by seed" in html
-    assert "last changed in commit <code>0123456789ab</code>" in html
+    assert '<code>qkv/query</code> <span class="soft">0123456789ab</span>' in html
+    assert '<code>qkv/value</code> <span class="soft">commit not known</span>' in html
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "## Queries, keys, values" in text
-    assert "last changed in commit 0123456789ab" in text
+    part = text[text.index("## Queries, keys, values") :].partition("\n## ")[0]
+    assert "Copying queries alone is at least as good" in part
+    assert "- **qkv/query** (0123456789ab): copy_query − copy" in text
     found: list[dict[str, Any]] = json.loads((tmp_path / "report" / "claims.json").read_text())
     assert {"qkv/query", "qkv/value", "main/copy"} <= {claim["id"] for claim in found}
     assert {claim["exploratory"] for claim in found if claim["experiment"] == "qkv"} == {True}

@@ -198,7 +198,7 @@ def test_equal_records_give_equal_bytes_and_a_study_of_few_parts_has_a_page(tmp_
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes(), file
     html = " ".join((tmp_path / "first" / "report.html").read_text().split())
     parse(html)
-    assert html.count("Not tested in this study") == 5
+    assert "Not tested in this study: 5" in html
     assert "no bounded interval" in html
     assert "Distribution shift</h2>" not in html
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from attention_transfer.errors import StudyError
-from attention_transfer.layout import Layout
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -17,6 +16,7 @@ def check(arguments: argparse.Namespace) -> None:
     Also mends DVC's lock file after a kill, and removes checkpoints that are done with.
     """
     from attention_transfer import config, graph_file, lock_file, plan
+    from attention_transfer.layout import Layout
 
     study, experiments = config.load(arguments.params), config.experiments(arguments.params)
     graph_file.check(study)
@@ -45,6 +45,7 @@ def check(arguments: argparse.Namespace) -> None:
 def show(arguments: argparse.Namespace) -> None:
     """Prints the main table and where the report is; of an experiment, the accuracies of its runs."""
     from attention_transfer import config
+    from attention_transfer.layout import Layout
 
     study = config.load(arguments.params)
     report = Layout.of(study).report
@@ -63,6 +64,7 @@ def show(arguments: argparse.Namespace) -> None:
 def forecast(arguments: argparse.Namespace) -> None:
     """Measures a few steps here, and says what caches and stages will take, before anything is made."""
     from attention_transfer import config
+    from attention_transfer.layout import Layout
 
     study, found = config.load(arguments.params), config.experiments(arguments.params)
     if arguments.once and (Layout.of(study).own / "students").is_dir():
@@ -81,6 +83,31 @@ def detectable(arguments: argparse.Namespace) -> None:
 
     found = config.experiments(arguments.params)
     detectable.show(config.load(arguments.params), found, config.load(arguments.pilot))
+
+
+def doctor(arguments: argparse.Namespace) -> None:
+    """Looks whether this machine, the packages, the params, the images and the disk are in order; says what to do."""
+    from attention_transfer.commands import doctor
+
+    sys.exit(doctor.show(arguments.params, as_json=arguments.json))
+
+
+def status(arguments: argparse.Namespace) -> None:
+    """Says which stages would run now and why, which may follow, and how long they took the last time."""
+    from attention_transfer import config, lock_file
+    from attention_transfer.commands import status
+    from attention_transfer.layout import Layout
+
+    study = config.load(arguments.params)
+    graph = lock_file.path(study.name).with_name("dvc.yaml")
+    status.show(graph, Layout.of(study).metrics, as_json=arguments.json)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Says what differs between two studies, or two revisions: params, and results with intervals."""
+    from attention_transfer.commands import compare
+
+    compare.show(arguments.first, arguments.second, as_json=arguments.json)
 
 
 def verify(arguments: argparse.Namespace) -> None:
@@ -149,10 +176,13 @@ def ui(arguments: argparse.Namespace) -> None:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "doctor": doctor,
     "check": check,
     "show": show,
     "plan": forecast,
+    "status": status,
     "detectable": detectable,
+    "compare": compare,
     "verify": verify,
     "remake": remake,
     "repro": repro,
@@ -174,15 +204,20 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in COMMANDS.items():
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        if name in ("check", "show", "plan", "detectable", "verify", "prune", "repro"):
+        if name in ("doctor", "status", "check", "show", "plan", "detectable", "verify", "prune", "repro"):
             command.add_argument("--params", type=Path, default=Path("params.yaml"))
-    commands.choices["plan"].add_argument("--json", action="store_true")
+    for name in ("plan", "status", "compare", "doctor"):
+        commands.choices[name].add_argument("--json", action="store_true", help="for a program to read")
     commands.choices["plan"].add_argument(
         "--once", action="store_true", help="nothing where students have been trained already"
     )
     commands.choices["detectable"].add_argument(
         "--pilot", type=Path, default=Path("params.yaml"), help="a study that has run (default: params.yaml)"
     )
+    for which in ("first", "second"):
+        commands.choices["compare"].add_argument(
+            which, help="a study (core, full, full/qkv), a revision of the default study, or REVISION:STUDY"
+        )
     commands.choices["remake"].add_argument("stage", help="as DVC names it, such as train@copy-0")
     commands.choices["repro"].add_argument("--jobs", type=_jobs, default=1, help="stages at a time")
     commands.choices["repro"].add_argument(

@@ -110,6 +110,7 @@ class Data(Section):
     image_size: Positive
     """Side of the square images, in pixels; other sizes are resized and centre-cropped."""
     channels: Literal[1, 3]
+    """Grey or RGB; images of the other kind are converted."""
     labelled: Positive
     """Labelled training images, drawn in the classes' proportions."""
     validation: Positive
@@ -193,7 +194,9 @@ class Evaluation(Section):
     sets: tuple[Literal["validation", "test", "shifts", "digits"], ...]
     """Image sets to predict on; a study that chooses hyper-parameters names `validation` alone."""
     shifts: tuple[Shift, ...]
+    """Corruptions of test images, after Hendrycks and Dietterich (2019); see data/shifts.py."""
     severities: tuple[Annotated[int, Field(ge=1, le=5)], ...]
+    """How strong they are, each of them."""
     shift_images: Positive
     """Test images, the same ones for each shift, drawn stratified."""
     calibration_bins: Positive
@@ -215,9 +218,13 @@ class Report(Section):
     """Which runs play which part in the tables and claims."""
 
     scratch: Name
+    """The run without a teacher: nothing of the gap."""
     finetune: Name
+    """The run that starts from the teacher's weights: all of the gap."""
     copied: Name
+    """Attention Copy."""
     distilled: Name
+    """Attention Distill."""
     attention_images: Positive
     """Images whose attention maps are drawn."""
     equivalence_margin: Fraction
@@ -228,27 +235,42 @@ class Study(Section):
     """A whole params.yaml, or an experiment with what it takes from the study that it extends."""
 
     name: StudyName
+    """Outputs lie below it: runs/<name>, metrics/<name>, reports/<name>."""
     experiments: tuple[Name, ...]
     """Further runs on this study's data and teachers: each in a file of its own, see `experiments`; [] for none."""
     seeds: tuple[Seed, ...]
+    """Of the students: every run is trained once with each."""
     data: Data
+    """Which images."""
     views: Views
+    """How training images are augmented."""
     attention: AttentionCache
+    """Where students get the teacher's attention."""
     training: Training
+    """What all runs share."""
     teachers: dict[Name, Teacher]
+    """Whose attention, features or weights the runs use."""
     finetuned_teachers: dict[Name, FinetunedTeacher]
     """For the distillation of logits; {} for none."""
     runs: dict[Name, Run]
+    """The ways to train a student that are compared."""
     evaluation: Evaluation
+    """On which images, and how they are judged."""
     ensembles: dict[Name, Ensemble]
+    """Pairs of runs whose predictions are averaged."""
     report: Report | None
     """None: a study without the main comparison, such as a search for hyper-parameters."""
-    _own_data: bool = PrivateAttr(default=False)
+    _own_sections: tuple[str, ...] = PrivateAttr(default=())
 
     @property
     def own_data(self) -> bool:
         """Whether it is an experiment with other images, or another draw of them, than the study that it extends."""
-        return self._own_data
+        return "data" in self._own_sections
+
+    @property
+    def own_sections(self) -> tuple[str, ...]:
+        """Of an experiment with data of its own: `data`, and which of `views` and `attention` it changes."""
+        return self._own_sections
 
     @property
     def is_experiment(self) -> bool:
@@ -448,11 +470,12 @@ def load(path: Path | str) -> Study:
     """
     path = Path(path)
     values = params_yaml.read(path)
-    extended, own_data = EXTENDS in values, "data" in values
+    extended = EXTENDS in values
+    own = tuple(key for key in _WITH_DATA if key in values)
     if extended:
         values = _extended(path, values)
     study = _checked(path, values)
-    study._own_data = extended and own_data
+    study._own_sections = own if extended else ()
     if "/" in study.name and not extended:
         raise StudyError(
             f"name: {study.name!r} is an experiment's, which has the key {EXTENDS}",
@@ -505,6 +528,7 @@ def experiments(path: Path | str) -> dict[str, Study]:
 EXTENDS = "extends"  # key of an experiment's file: path of the study's, from there
 # What an experiment says for itself, beside which image sets it predicts; `data` too, key by key.
 _OWN = ("name", "seeds", "runs", "ensembles")
+_WITH_DATA = ("data", "views", "attention")  # one with data of its own writes caches of its own
 
 
 def _extended(path: Path, values: dict[str, Any]) -> dict[str, Any]:
@@ -519,13 +543,15 @@ def _extended(path: Path, values: dict[str, Any]) -> dict[str, Any]:
         )
     _checked(base_path, base)
     own = values.get("evaluation", {})
-    shared = sorted(values.keys() & Study.model_fields.keys() - {*_OWN, "data", "evaluation"})
+    allowed = {*_OWN, "evaluation", *(_WITH_DATA if "data" in values else ())}
+    shared = sorted(values.keys() & Study.model_fields.keys() - allowed)
     shared += sorted(f"evaluation.{key}" for key in own if key != "sets") if isinstance(own, dict) else []
     if shared:
         raise StudyError(
             f"{', '.join(shared)}: is that of {base_path} for all of its experiments",
             where=str(path),
-            remedy=f"remove it here; an experiment has {', '.join(_OWN)}, data and evaluation.sets",
+            remedy=f"remove it here; an experiment has {', '.join(_OWN)}, evaluation.sets and data, with data also "
+            "views and attention",
         )
     if not str(values.get("name")).startswith(f"{base['name']}/"):
         raise StudyError(
@@ -537,8 +563,10 @@ def _extended(path: Path, values: dict[str, Any]) -> dict[str, Any]:
     judged = {key: value for key, value in base["evaluation"].items() if key != "sets"}
     merged = {**kept, **values, "experiments": (), "report": None}
     merged["evaluation"] = {**judged, **own} if isinstance(own, dict) else own
-    if isinstance(data := values.get("data"), dict):
-        merged["data"] = {**base["data"], **data}
+    for section in _WITH_DATA:
+        if isinstance(values.get(section), dict):
+            merged[section] = {**base[section], **values[section]}
+    if isinstance(values.get("data"), dict):
         _same_images(path, merged, base_path, base)
     return merged
 

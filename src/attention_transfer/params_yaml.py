@@ -60,7 +60,7 @@ def read(path: Path) -> dict[str, Any]:
         StudyError: it does not exist, cannot be read, is not YAML, or holds no keys.
     """
     try:
-        values = _tuples(yaml.load(path.read_text(encoding="utf-8"), Loader))
+        return parse(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError as error:
         raise StudyError(
             "does not exist", where=str(path), remedy="give the path of a params.yaml"
@@ -69,12 +69,27 @@ def read(path: Path) -> dict[str, Any]:
         raise StudyError(
             f"cannot be read: {error.strerror}", where=str(path), remedy="give the path of a params.yaml"
         ) from error
+    except UnicodeDecodeError as error:
+        raise StudyError(f"is not valid YAML: {error}", where=str(path), remedy="save it as UTF-8") from error
+
+
+def parse(text: str, where: str) -> dict[str, Any]:
+    """A file's content, with tuples for lists.
+
+    Args:
+        where: the file, for messages.
+
+    Raises:
+        StudyError: it is not YAML, or holds no keys.
+    """
+    try:
+        values = _tuples(yaml.load(text, Loader))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise StudyError(
-            f"is not valid YAML: {' '.join(str(error).split())}", where=str(path), remedy="correct that line"
+            f"is not valid YAML: {' '.join(str(error).split())}", where=where, remedy="correct that line"
         ) from error
     if not isinstance(values, dict):
-        raise StudyError("holds no keys", where=str(path), remedy="start from a copy of params.yaml")
+        raise StudyError("holds no keys", where=where, remedy="start from a copy of params.yaml")
     return values
 
 

@@ -6,6 +6,7 @@ import ast
 import functools
 import os
 import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -69,10 +70,12 @@ def _imports(path: Path) -> list[str]:
 
 
 def code_files(script: Path) -> tuple[Path, ...]:
-    """What `imported_files` finds, and the templates that lie beside it."""
+    """What `imported_files` finds, and the templates and texts that lie beside it."""
     imported = imported_files(script)
-    templates = {template for file in imported for template in file.parent.glob("templates/*.j2")}
-    return tuple(sorted({*imported, *templates}))
+    texts = {
+        text for file in imported for kind in ("templates/*.j2", "*.jsonl") for text in file.parent.glob(kind)
+    }
+    return tuple(sorted({*imported, *texts}))
 
 
 def code_fingerprint(script: Path) -> str:
@@ -102,12 +105,22 @@ def git_state() -> dict[str, Any]:
     }
 
 
-def last_change(*paths: Path) -> str | None:
-    """The commit that last changed one of these files; None outside a repository, or if one differs from it."""
-    names = [str(path) for path in paths]
-    if _git("status", "--porcelain", "--", *names) != "":
-        return None
-    return _git("log", "-1", "--format=%H", "--", *names) or None
+def last_changes(path: Path) -> list[str | None]:
+    """For each line of a file the commit that last changed it; None where git does not know of one.
+
+    It does not outside a repository, of what is not committed, or of what is older than a shallow clone.
+    """
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    told = _git("blame", "--line-porcelain", "--", str(path))
+    if told is None:
+        return [None] * lines
+    cut_off = _git("rev-parse", "--is-shallow-repository") != "false"
+    found: list[str | None] = []
+    for block in re.split(r"(?m)^(?=[0-9a-f]{40} \d+ \d+)", told)[1:]:
+        commit = block[:40]
+        unknown = set(commit) == {"0"} or (cut_off and "\nboundary\n" in block)
+        found.append(None if unknown else commit)
+    return found
 
 
 def _git(*arguments: str) -> str | None:

@@ -154,7 +154,7 @@ def repro(graph: Path, jobs: int, only: Sequence[str] = ()) -> int:
         StudyError: there is no such graph, or it cannot be read.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    queue, clock, display = Queue(_order(graph, only), jobs, cores), Clock(), Display()
+    queue, clock, display = Queue(waits_for(graph, only), jobs, cores), Clock(), Display()
     workers: list[Worker] = []
     failed = 0
     display.say(f"{graph}: {queue.total} stages, up to {jobs} at a time on {cores} cores")
@@ -187,8 +187,12 @@ def repro(graph: Path, jobs: int, only: Sequence[str] = ()) -> int:
     return 128 + stopped() if stopped() else failed
 
 
-def _order(graph: Path, only: Sequence[str]) -> dict[str, set[str]]:
-    """Each stage of the graph, and each that one of them depends on, with those that it waits for."""
+def waits_for(graph: Path, only: Sequence[str] = ()) -> dict[str, set[str]]:
+    """Each stage of the graph, and each that one of them depends on, with those that it waits for: in that order.
+
+    Raises:
+        StudyError: there is no such graph or family of stages, or DVC cannot read it.
+    """
     if not graph.exists():
         raise StudyError("does not exist", where=str(graph), remedy="give the path of a dvc.yaml")
     command = [sys.executable, "-m", "dvc", "dag", "--dot", str(graph)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -23,7 +23,7 @@ from attention_transfer.evaluation.statistics import (
     paired_difference,
 )
 from attention_transfer.reporting import contrasts, robustness
-from attention_transfer.reporting.contrasts import Verdict
+from attention_transfer.reporting.contrasts import Judged, Verdict
 from attention_transfer.reporting.experiments import Experiment, accuracies
 from attention_transfer.reporting.records import UNSHIFTED, Records
 from attention_transfer.reporting.tables import per_cent, plain, run_gap
@@ -221,22 +221,39 @@ def of_experiments(
         margin=report.equivalence_margin,
         confidence=records.study.evaluation.confidence,
     )
-    claims = [
-        Claim(
-            each.contrast.id,
-            each.contrast.claim,
-            each.contrast.published,
-            each.contrast.rule_text,
-            each.effect,
-            each.verdict,
-            note=f"seeds {', '.join(map(str, each.seeds))}.",
-            exploratory=True,
-            p_value=paired_t(each.effects, np.zeros(len(each.effects)), alternative="two-sided"),
-            size=effect_size(each.effects, np.zeros(len(each.effects)), records.study.evaluation.confidence),
-        )
-        for each in judged
-    ]
-    return claims, untested
+    confidence = records.study.evaluation.confidence
+    return [exploratory(asked, found, confidence) for asked, found in judged], untested
+
+
+class Asked(Protocol):
+    """What is claimed, published, and the rule that judges it."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def claim(self) -> str: ...
+    @property
+    def published(self) -> str: ...
+    @property
+    def rule_text(self) -> str: ...
+
+
+def exploratory(asked: Asked, found: Judged, confidence: float, unit: str = "points") -> Claim:
+    """The verdict on a claim that is none of the main ones: its effect is the mean of one value a seed."""
+    zero = np.zeros(len(found.effects))
+    return Claim(
+        asked.id,
+        asked.claim,
+        asked.published,
+        asked.rule_text,
+        found.effect,
+        found.verdict,
+        note=f"seeds {', '.join(map(str, found.seeds))}.",
+        exploratory=True,
+        p_value=paired_t(found.effects, zero, alternative="two-sided"),
+        size=effect_size(found.effects, zero, confidence),
+        unit=unit,
+    )
 
 
 def not_run(names: Sequence[str]) -> dict[str, str]:

@@ -31,6 +31,7 @@ HEADINGS = {
     "draw_1": "Another draw of the labels",
     "draw_2": "A third draw of the labels",
     "task_data": "Another task",
+    "labels": "Ten times the labels",
 }
 """By experiment; one that is not here is headed by its name."""
 

@@ -5,18 +5,15 @@ Written, with their rules, before the runs that they judge. An effect is one val
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from attention_transfer.config import Report
-from attention_transfer.evaluation.multiple_tests import effect_size, paired_t
-from attention_transfer.evaluation.statistics import mean_interval
 from attention_transfer.files import read_json
 from attention_transfer.reporting import contrasts
-from attention_transfer.reporting.claims import Claim
+from attention_transfer.reporting.claims import Claim, exploratory
 from attention_transfer.reporting.contrasts import Rule
 from attention_transfer.reporting.records import SIMILARITY, Records, read_run, read_table
 
@@ -173,25 +170,11 @@ def judge(
                 untested[further.id] = f"the experiment {further.needs} has not been run"
             continue
         terms = further.terms(source)
-        seeds = sorted(set.intersection(*map(set, terms)))
-        effects = np.array([further.value(*(term[seed] for term in terms)) for seed in seeds])
-        if not len(effects) or not np.isfinite(effects).all():
+        seeds = set.intersection(*map(set, terms))
+        effects = {seed: further.value(*(term[seed] for term in terms)) for seed in seeds}
+        if not effects or not all(map(math.isfinite, effects.values())):
             untested[further.id] = further.missing
             continue
-        effect = mean_interval(effects, confidence)
-        judged.append(
-            Claim(
-                further.id,
-                further.claim,
-                further.published,
-                further.rule_text,
-                effect,
-                contrasts.verdict(further.rule, effects, effect, SLOWER, confidence),
-                note=f"seeds {', '.join(map(str, seeds))}.",
-                exploratory=True,
-                p_value=paired_t(effects, np.zeros(len(effects)), alternative="two-sided"),
-                size=effect_size(effects, np.zeros(len(effects)), confidence),
-                unit=further.unit,
-            )
-        )
+        found = contrasts.judged_by(further.rule, effects, margin=SLOWER, confidence=confidence)
+        judged.append(exploratory(further, found, confidence, further.unit))
     return judged, untested

@@ -16,6 +16,7 @@ from attention_transfer.config import Report, Study
 from attention_transfer.errors import StudyError
 from attention_transfer.files import write_json, write_text
 from attention_transfer.reporting import (
+    answer,
     claims,
     cost,
     experiment_figures,
@@ -23,38 +24,17 @@ from attention_transfer.reporting import (
     further_claims,
     replication,
     robustness,
+    sections,
     similarity_figures,
     tables,
 )
 from attention_transfer.reporting import experiments as experiment_records
 from attention_transfer.reporting.claims import Claim
 from attention_transfer.reporting.contrasts import CONTRASTS
-from attention_transfer.reporting.experiments import Experiment
 from attention_transfer.reporting.figures import Drawing
 from attention_transfer.reporting.records import Records, load
 from attention_transfer.reporting.tables import Table
 
-Section = tuple[str, str, tuple[str, ...], tuple[str, ...]]
-SECTIONS: tuple[Section, ...] = (
-    ("main", "Main comparison", ("main",), ("main",)),
-    ("learning", "Learning curves", ("learning_curves",), ("training",)),
-    ("teachers", "Teachers", (), ("teachers",)),
-    ("ensembles", "Ensembles", ("ensembles", "ensemble_matrix"), ("ensembles",)),
-    (
-        "shifts",
-        "Distribution shift",
-        ("shift_severity", "shift_scatter", "contact_sheet"),
-        ("shifts", "robustness"),
-    ),
-    ("metrics", "Calibration and other measures", (), ("metrics", "calibration", "ood")),
-    ("maps", "Where the models look", ("attention_maps",), ()),
-    ("similarity", "How alike the models are", ("cka", "divergence"), ("similarity",)),
-    ("comparisons", "Paired comparisons", (), ("comparisons",)),
-    ("replication", "Other teachers, other labels", (), ("replication",)),
-    ("cost", "What the methods cost", (), ("cost",)),
-    ("recipes", "Recipes and time", (), ("recipes", "time")),
-)
-"""Anchor, heading, figures and tables of each section; what a study does not have is left out."""
 EXPERIMENTS = {
     "main": "Main comparison",
     "ensemble": "Ensembles",
@@ -72,7 +52,7 @@ def build(
     out: Path,
     *,
     experiments: Mapping[str, Study] | None = None,
-    rules_fixed: str | None = None,
+    rules_fixed: Mapping[str, str | None] | None = None,
 ) -> None:
     """Writes the report of a study and of its experiments.
 
@@ -82,7 +62,7 @@ def build(
         out: written are report.html, report.md, claims.json, tables/ and figures/; tables and figures of an
             earlier report that this one does not have are removed.
         experiments: by name, see `config.experiments`; what has not been run yet is said to be so.
-        rules_fixed: the commit that last changed the rules of the verdicts; None if that is not known.
+        rules_fixed: by claim the commit that last changed its rule; None where that is not known.
 
     Raises:
         StudyError: the study has no report section or does not predict on the test set, or a record is missing
@@ -126,8 +106,17 @@ def build(
     figures.write(drawings, out / "figures")
     write_json(out / "claims.json", [claim.as_json() for claim in judged])
     headings = EXPERIMENTS | {name: experiment_records.heading(name) for name in experiments}
-    context = _context(records, all_tables, more) | _verdicts(judged, untested, headings)
-    context["rules_fixed"] = rules_fixed
+    context = _context(records, all_tables) | _verdicts(judged, untested, headings)
+    context |= {
+        "answer": answer.sentences(records, report, judged),
+        "rules_fixed": rules_fixed or {},
+        "sections": sections.of_study(
+            more,
+            figures={drawing.name for drawing in drawings},
+            tables={table.name for table in all_tables},
+            claims=context["claims"],
+        ),
+    }
     inline = {drawing.name: _data_uri(drawing, out / "figures") for drawing in drawings}
     captions = {drawing.name: drawing.caption for drawing in drawings}
     html = _environment(html=True).get_template("report.html.j2")
@@ -156,6 +145,7 @@ def _environment(*, html: bool) -> Environment:
         finalize=None if html else _escape_markdown,
     )
     environment.filters["markdown"] = lambda table: Markup(tables.markdown(table))
+    environment.filters["commit"] = lambda commit: commit[:12] if commit else "commit not known"
     return environment
 
 
@@ -170,10 +160,23 @@ def _data_uri(drawing: Drawing, folder: Path) -> str:
 
 
 def _verdicts(judged: list[Claim], untested: dict[str, str], headings: Mapping[str, str]) -> dict[str, Any]:
+    """Claims by experiment, how they stand, and what could not be tested."""
     texts = claims.CLAIMS | {contrast.id: contrast.claim for contrast in CONTRASTS}
     texts |= {further.id: further.claim for further in further_claims.FURTHER}
+    by_experiment: dict[str, list[Claim]] = {}
+    for claim in judged:
+        by_experiment.setdefault(claim.experiment, []).append(claim)
     return {
-        "claims": [_claim_row(claim, headings) for claim in judged],
+        "claims": {name: [_claim_row(claim) for claim in found] for name, found in by_experiment.items()},
+        "overview": [
+            {
+                "experiment": name,
+                "heading": headings[name],
+                "verdicts": [sum(c.verdict == verdict for c in found) for verdict in answer.VERDICTS],
+            }
+            for name, found in by_experiment.items()
+        ],
+        "verdicts": answer.VERDICTS,
         "untested": [
             {"experiment": headings[name.split("/")[0]], "claim": texts[name], "reason": reason}
             for name, reason in untested.items()
@@ -183,9 +186,7 @@ def _verdicts(judged: list[Claim], untested: dict[str, str], headings: Mapping[s
     }
 
 
-def _context(
-    records: Records, all_tables: Sequence[Table], experiments: Sequence[Experiment]
-) -> dict[str, Any]:
+def _context(records: Records, all_tables: Sequence[Table]) -> dict[str, Any]:
     """What a template may print beside the verdicts."""
     study, report = records.study, records.study.report
     assert report is not None  # see `build`
@@ -193,7 +194,6 @@ def _context(
     return {
         "study": study,
         "report": report,
-        "sections": _sections(experiments),
         "tables": by_name,
         "unbounded": _unbounded(records, report),
         "published_on": tables.PUBLISHED_ON,
@@ -238,21 +238,14 @@ def _how(study: Study, name: str) -> str:
     return f" ({', '.join(parts)})" if parts else ""
 
 
-def _sections(experiments: Sequence[Experiment]) -> list[Section]:
-    """The sections, with one for each experiment behind those of the main comparison."""
-    at = next(index for index, (anchor, *_) in enumerate(SECTIONS) if anchor == "metrics")
-    more = [
-        (experiment.name.replace("_", "-"), experiment.heading, (name,), (name,))
-        for experiment in experiments
-        for name in [f"experiment_{experiment.name}"]
-    ]
-    return [*SECTIONS[:at], *more, *SECTIONS[at:]]
-
-
-def _claim_row(claim: Claim, headings: Mapping[str, str]) -> dict[str, str]:
+def _claim_row(claim: Claim) -> dict[str, str]:
     return {
         "id": claim.id,
-        "experiment": headings[claim.experiment] + (", exploratory" if claim.exploratory else ""),
+        "place": "exploratory"
+        if claim.exploratory
+        else "main claim"
+        if claim.id in claims.MAIN
+        else "premise",
         "claim": claim.claim,
         "published": claim.published,
         "measured": claim.measured,
