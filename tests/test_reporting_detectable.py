@@ -53,11 +53,12 @@ def test_four_in_five_studies_find_that_difference(pilot: Records) -> None:
 def test_experiments_of_the_full_study_are_judged_before_they_run(pilot: Records) -> None:
     """Those whose runs there are: a method that the pilot lacks has the largest spread in it."""
     path = ROOT / "presets" / "full.yaml"
-    found = detectable.table(config.load(path), config.experiments(path), pilot).frame.set_index("claim")
+    study = config.load(path)
+    found = detectable.table(study, config.experiments(path), pilot).frame.set_index("claim")
     features = found.loc["feature/residual_stream"]
     assert features["standard_deviation"] == pytest.approx(0.04 * np.sqrt(2))
     assert features["seeds"] == 5
-    assert found.loc["main/distill", "seeds"] == 5
+    assert found.loc["main/distill", "seeds"] == len(study.seeds) > 5
     assert np.isfinite(found["smallest_detectable"]).all()
 
 
