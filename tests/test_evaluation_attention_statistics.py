@@ -72,7 +72,7 @@ def distance_by_loops(maps: Tensor, grid: tuple[int, int], patch_size: int, pref
     sinks=st.sampled_from([0.0, 0.3, 0.95]),
 )
 def test_distance_is_that_of_loops(
-    seed: int, size: tuple[int, int], grid: tuple[int, int], patch_size: int, prefix: int, sinks: float
+    seed: int, size: tuple[int, int], grid: tuple[int, int], *, patch_size: int, prefix: int, sinks: float
 ) -> None:
     tokens = prefix + grid[0] * grid[1]
     maps = saturated(draw_maps(*size, tokens, tokens, seed=seed), sinks, seed)

@@ -42,7 +42,7 @@ def mean_attention_distance(maps: Tensor, grid: tuple[int, int], patch_size: int
             f"expected grid and patch_size of at least 1 and prefix of at least 0, "
             f"got {grid}, {patch_size} and {prefix}"
         )
-    examples, heads, queries, keys = maps.shape
+    _, heads, queries, keys = maps.shape
     patches = grid[0] * grid[1]
     if not queries == keys == prefix + patches:
         raise ValueError(
