@@ -14,7 +14,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 # Whether Debian packages are there to be had, with the right to install them.
 APT := command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]
 
-.PHONY: study test check setup postgresql tune ui lock bench clean
+.PHONY: study test check setup postgresql chromium tune ui lock bench clean
 
 study: setup
 	python -m attention_transfer check --params $(PARAMS)
@@ -23,7 +23,7 @@ study: setup
 	python -m attention_transfer show --params $(PARAMS)
 
 # Tests run on two workers with a thread each: two teams of threads on two cores wait for each other.
-test: setup postgresql
+test: setup postgresql chromium
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=30
 
 check: setup
@@ -44,6 +44,11 @@ postgresql:
 	  echo "create_main_cluster = false" > /etc/postgresql-common/createcluster.d/none.conf; \
 	  (apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql) >/dev/null || echo "apt cannot install postgresql: its tests are skipped"; \
 	  rm -f /etc/postgresql-common/createcluster.d/none.conf; fi
+
+# Some tests look at the report and at the MLflow UI in a browser; they say so when they are skipped.
+chromium:
+	@if ! command -v chromium >/dev/null && ! command -v chromium-browser >/dev/null && ! command -v google-chrome >/dev/null && $(APT); then \
+	  (apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium) >/dev/null || echo "apt cannot install chromium: its tests are skipped"; fi
 
 # Compiling the bytecode once takes half a minute and saves several seconds in each of the study's stages.
 $(READY):

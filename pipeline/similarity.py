@@ -214,10 +214,10 @@ def compare(
                 "cka": float(cka[layer, layer]),
                 "divergence": similarity.unmatched(divergence),
                 "matched_divergence": similarity.matched(divergence)[0],
-                "distance": float(distance.mean()),
+                "distance": float(distance.nanmean()),  # over the heads that look at patches
                 "entropy": float(attention_statistics.mean_entropy(own).mean()),
                 "on_objects": float(
-                    attention_statistics.attention_on(own, shares, seen.tokens.prefix).mean()
+                    attention_statistics.attention_on(own, shares, seen.tokens.prefix).nanmean()
                 ),
             }
         )

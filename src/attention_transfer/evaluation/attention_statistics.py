@@ -19,7 +19,9 @@ def mean_attention_distance(maps: Tensor, grid: tuple[int, int], patch_size: int
 
     The distance between the centres of query and key patch, weighted by attention, mean over patch queries
     and examples (Dosovitskiy et al., ICLR 2021, figure 7; Raghu et al., NeurIPS 2021). Prefix tokens lie
-    nowhere: they are left out as queries, and the attention that a patch pays to patches is renormalised.
+    nowhere: they are left out as queries, and the attention that a patch pays to patches is renormalised. A patch
+    that pays them none, all of it being on prefix tokens, looks nowhere and is left out too: a softmax that saturates
+    does that in models that were trained here.
 
     Args:
         maps: (examples, heads, tokens, tokens), each row a distribution over the keys.
@@ -28,10 +30,11 @@ def mean_attention_distance(maps: Tensor, grid: tuple[int, int], patch_size: int
         prefix: tokens before the patches: class token and registers.
 
     Returns:
-        (heads,), float64; between 0 and the distance of the outermost patches of the grid.
+        (heads,), float64; between 0 and the distance of the outermost patches of the grid; NaN where all of a
+        head's attention is on prefix tokens.
 
     Raises:
-        ValueError: shapes or values are not as above, or some patch pays no attention to any patch.
+        ValueError: shapes or values are not as above.
     """
     check_maps(maps, "maps")
     if min(grid) < 1 or patch_size < 1 or prefix < 0:
@@ -39,7 +42,7 @@ def mean_attention_distance(maps: Tensor, grid: tuple[int, int], patch_size: int
             f"expected grid and patch_size of at least 1 and prefix of at least 0, "
             f"got {grid}, {patch_size} and {prefix}"
         )
-    examples, heads, queries, keys = maps.shape
+    _, heads, queries, keys = maps.shape
     patches = grid[0] * grid[1]
     if not queries == keys == prefix + patches:
         raise ValueError(
@@ -48,17 +51,21 @@ def mean_attention_distance(maps: Tensor, grid: tuple[int, int], patch_size: int
     places = torch.cartesian_prod(*(torch.arange(side, device=maps.device) for side in grid)) * patch_size
     distances = torch.linalg.vector_norm((places[:, None] - places).double(), dim=-1)
     total = torch.zeros(heads, dtype=torch.float64, device=maps.device)
+    counted = torch.zeros_like(total)
     for _, line, weights, to_patches in _of_patches(maps, prefix):
-        total += ((weights * distances[line]).sum(dim=-1) / to_patches).sum(dim=(0, 2))
-    return total / (examples * patches)
+        looking = to_patches > 0
+        total += ((weights * distances[line]).sum(dim=-1) / to_patches.where(looking, 1)).sum(dim=(0, 2))
+        counted += looking.sum(dim=(0, 2))
+    return total / counted
 
 
 @torch.no_grad()
 def attention_on(maps: Tensor, shares: Tensor, prefix: int) -> Tensor:
     """How much each head looks at something, as a multiple of what equal attention to all patches would give it.
 
-    The attention that patches pay to patches, renormalised, weighted by each patch's share: mean over queries,
-    divided by the mean share of the image's patches; mean over those examples in which that is not 0.
+    The attention that patches pay to patches, renormalised, weighted by each patch's share: mean over queries (without
+    those that pay patches none), divided by the mean share of the image's patches; over those examples in which that
+    is not 0.
 
     Args:
         maps: (examples, heads, tokens, tokens), each row a distribution over the keys.
@@ -66,10 +73,11 @@ def attention_on(maps: Tensor, shares: Tensor, prefix: int) -> Tensor:
         prefix: tokens before the patches: class token and registers.
 
     Returns:
-        (heads,), float64: 1 for equal attention; NaN if it is in no example.
+        (heads,), float64: 1 for equal attention; NaN if it is in no example, or all of a head's attention is on
+        prefix tokens.
 
     Raises:
-        ValueError: shapes or values are not as above, or some patch pays no attention to any patch.
+        ValueError: shapes or values are not as above.
     """
     check_maps(maps, "maps")
     examples, heads, queries, keys = maps.shape
@@ -86,12 +94,14 @@ def attention_on(maps: Tensor, shares: Tensor, prefix: int) -> Tensor:
     equal = shares.double().mean(dim=-1)
     shown = equal > 0
     total = torch.zeros(heads, dtype=torch.float64, device=maps.device)
+    counted = torch.zeros_like(total)
     for at, _, weights, to_patches in _of_patches(maps, prefix):
-        looked = (weights * shares[at].double()[:, None, None]).sum(dim=-1) / to_patches
+        looking = to_patches > 0
+        looked = (weights * shares[at].double()[:, None, None]).sum(dim=-1) / to_patches.where(looking, 1)
         relative = looked / equal[at].clamp_min(torch.finfo(torch.float64).tiny)[:, None, None]
         total += relative[shown[at]].sum(dim=(0, 2))
-    count = int(shown.sum())
-    return total / (count * patches) if count else torch.full_like(total, torch.nan)
+        counted += looking[shown[at]].sum(dim=(0, 2))
+    return total / counted
 
 
 def _of_patches(maps: Tensor, prefix: int) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
@@ -99,10 +109,7 @@ def _of_patches(maps: Tensor, prefix: int) -> Iterator[tuple[slice, slice, Tenso
     examples, heads, _, keys = maps.shape
     for at, line in blocks(examples, keys - prefix, heads * keys, BLOCK):
         weights = distributions(maps[at, :, prefix:][:, :, line], "maps")[..., prefix:]
-        to_patches = weights.sum(dim=-1)
-        if not (to_patches > 0).all():
-            raise ValueError("maps: expected every patch to attend to patches, got some that attend to none")
-        yield at, line, weights, to_patches
+        yield at, line, weights, weights.sum(dim=-1)
 
 
 @torch.no_grad()

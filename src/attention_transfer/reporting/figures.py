@@ -130,7 +130,7 @@ def build(records: Records, report: Report, artifacts: Path) -> list[Drawing]:
         if "shifts" in records.study.evaluation.sets:
             drawings.append(_shift_severity(records))
             drawings.append(_contact_sheet(records, artifacts / "shifts" / "contact_sheet.npz"))
-        drawings.append(_attention_maps(records, report, artifacts / "maps" / "maps.npz"))
+        drawings.append(_attention_maps(records, report, artifacts))
     return drawings
 
 
@@ -438,10 +438,25 @@ def _contact_sheet(records: Records, path: Path) -> Drawing:
     return Drawing("contact_sheet", "What the shifts look like, by severity.", figure, raster=True)
 
 
-def _attention_maps(records: Records, report: Report, path: Path) -> Drawing:
-    arrays = _images(records, path, "maps", ("images", "labels", "layers", "names"))
+def read_attention_maps(records: Records, artifacts: Path) -> dict[str, np.ndarray]:
+    """What the stage `maps` has stored.
+
+    Raises:
+        StudyError: the file is missing or damaged.
+    """
+    path = artifacts / "maps" / "maps.npz"
+    return _images(records, path, "maps", ("images", "labels", "layers", "names"))
+
+
+def known_models(records: Records, maps: dict[str, np.ndarray]) -> list[str]:
+    """Those of the stored models that the study has."""
     known = {"teacher", *records.study.runs}
-    names = [str(name) for name in arrays["names"] if str(name) in known]
+    return [str(name) for name in maps["names"] if str(name) in known]
+
+
+def _attention_maps(records: Records, report: Report, artifacts: Path) -> Drawing:
+    arrays = read_attention_maps(records, artifacts)
+    names = known_models(records, arrays)
     images = _rgb(arrays["images"][: report.attention_images])
     count, height, width, _ = images.shape
     gap = max(1, height // 14)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from attention_transfer.errors import StudyError
 from attention_transfer.files import write_json, write_text
 from attention_transfer.reporting import (
     answer,
+    attention_viewer,
+    charts,
     claims,
     cost,
     experiment_figures,
@@ -24,11 +27,13 @@ from attention_transfer.reporting import (
     further_claims,
     replication,
     robustness,
+    scripts,
     sections,
     similarity_figures,
     tables,
 )
 from attention_transfer.reporting import experiments as experiment_records
+from attention_transfer.reporting.charts import Chart
 from attention_transfer.reporting.claims import Claim
 from attention_transfer.reporting.contrasts import CONTRASTS
 from attention_transfer.reporting.figures import Drawing
@@ -117,12 +122,32 @@ def build(
             claims=context["claims"],
         ),
     }
-    inline = {drawing.name: _data_uri(drawing, out / "figures") for drawing in drawings}
     captions = {drawing.name: drawing.caption for drawing in drawings}
+    inline = {drawing.name: _data_uri(drawing, out / "figures") for drawing in drawings}
     html = _environment(html=True).get_template("report.html.j2")
-    write_text(out / "report.html", html.render(context, images=inline, captions=captions))
+    moving = _moving(
+        charts.build(records, more, report), attention_viewer.payload(records, artifacts), captions
+    )
+    write_text(out / "report.html", html.render(context | moving, images=inline, captions=captions))
     text = _environment(html=False).get_template("report.md.j2")
     write_text(out / "report.md", text.render(context, images=inline.keys(), captions=captions))
+
+
+def _moving(found: Sequence[Chart], attention: dict[str, Any], captions: Mapping[str, str]) -> dict[str, Any]:
+    """What only a page with scripts shows: charts, by name, the viewers' data, and the scripts."""
+    specs = {
+        chart.name: chart.spec | {"description": chart.caption or captions[chart.name]}
+        for chart in (*found, *attention_viewer.charts())
+    }
+    return {
+        "charts": specs,
+        "attention": attention,
+        "page_data": {"charts": specs, "attention": attention},
+        "vega": scripts.vega(),
+        "own_script": scripts.own(),
+        "tables_script": scripts.tables(),
+        "tables_style": scripts.tables_style(),
+    }
 
 
 def _remove_stale(out: Path) -> None:
@@ -145,8 +170,17 @@ def _environment(*, html: bool) -> Environment:
         finalize=None if html else _escape_markdown,
     )
     environment.filters["markdown"] = lambda table: Markup(tables.markdown(table))
+    environment.filters["sort_key"] = _sort_key
     environment.filters["commit"] = lambda commit: commit[:12] if commit else "commit not known"
     return environment
+
+
+def _sort_key(cell: object) -> str:
+    """The number that a cell begins with, by which its column is sorted; else the cell; nothing of an empty one."""
+    if cell == tables.NONE:
+        return ""
+    found = re.match(r"[-−+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?", str(cell))
+    return found[0].replace("−", "-").replace(",", "") if found else str(cell)
 
 
 def _escape_markdown(value: Any) -> str:
@@ -220,6 +254,8 @@ def _context(records: Records, all_tables: Sequence[Table]) -> dict[str, Any]:
         ],
         "averaged": [name for name, run in study.runs.items() if run.ema is not None],
         "test_examples": _test_examples(records),
+        "shifts": [charts.ALL_SHIFTS, *(shift.replace("_", " ") for shift in study.evaluation.shifts)],
+        "severities": sorted(study.evaluation.severities),
     } | _provenance(records)
 
 

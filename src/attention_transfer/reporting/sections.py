@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +17,7 @@ class Section:
         figures, tables: by name, in order; what a study does not have is left out.
         experiment: of the paper's list, whose claims stand here.
         study: that an experiment's runs are in, by which they are made again.
+        runs: these runs, as in the study's params file.
     """
 
     anchor: str
@@ -24,6 +26,7 @@ class Section:
     tables: tuple[str, ...] = ()
     experiment: str = ""
     study: str = ""
+    runs: str = ""
 
 
 SECTIONS = (
@@ -83,4 +86,13 @@ def _of_experiment(experiment: Experiment) -> Section:
         (name,),
         experiment.name,
         experiment.study.name,
+        _as_params(experiment),
+    )
+
+
+def _as_params(experiment: Experiment) -> str:
+    """A line for each run; JSON is YAML."""
+    return "\n".join(
+        f"{name}: {json.dumps(run.model_dump(mode='json', exclude_defaults=True))}"
+        for name, run in experiment.study.runs.items()
     )

@@ -1,0 +1,64 @@
+"""A page in headless Chromium."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page, sync_playwright
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+
+
+@contextmanager
+def opened(address: str, *, network: bool = False, **options: Any) -> Iterator[Page]:
+    """The page at an address; whatever it prints to its console as a warning or an error fails the test.
+
+    Args:
+        network: whether it may ask for anything beyond itself.
+        options: of the browser context, such as viewport or color_scheme.
+    """
+    program = next(filter(None, map(shutil.which, NAMES)), None)
+    if program is None:
+        pytest.skip(f"no browser: install one of {', '.join(NAMES)}")
+    complaints: list[str] = []
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=program, args=["--no-sandbox"] if os.geteuid() == 0 else []
+        )
+        page = browser.new_page(**options)
+        page.set_default_timeout(60_000)
+        page.on(
+            "console",
+            lambda message: (
+                complaints.append(f"{message.type}: {message.text}")
+                if message.type in ("warning", "error")
+                else None
+            ),
+        )
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        if not network:
+            page.on(
+                "request",
+                lambda request: (
+                    complaints.append(f"asks for {request.url[:200]}")
+                    if not request.url.startswith(("data:", "file:"))
+                    else None
+                ),
+            )
+        page.goto(address)
+        yield page
+        browser.close()
+    assert not complaints, "\n".join(complaints)
+
+
+def keep(page: Page, name: str, **options: Any) -> None:
+    """A screenshot for looking at, where SCREENSHOTS names a folder."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=Path(folder) / f"{name}.png", **options)
