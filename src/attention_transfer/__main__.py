@@ -168,9 +168,11 @@ def ui(arguments: argparse.Namespace) -> None:
     from attention_transfer import tracking
 
     sync(arguments)
-    print(
-        f"MLflow UI: http://{arguments.host}:{arguments.port} (ready in about half a minute; Ctrl-C ends it)"
-    )
+    address = f"http://{arguments.host}:{arguments.port}"
+    print(f"MLflow UI: {address} (ready in about half a minute; Ctrl-C ends it)")
+    for study in sorted(path.parent.name for path in Path("metrics").glob("*/train")):
+        for title, link in tracking.links(address, study).items():
+            print(f"  {title:24} {link}")
     sys.stdout.flush()
     tracking.serve(Path(), port=arguments.port, host=arguments.host)
 
