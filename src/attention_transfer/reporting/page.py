@@ -154,7 +154,7 @@ def _moving(found: Sequence[Chart], attention: dict[str, Any], captions: Mapping
 
 
 def _remove_stale(out: Path) -> None:
-    for folder, ends in (("tables", (".csv", ".md")), ("figures", (".png", ".svg"))):
+    for folder, ends in (("tables", (".csv", ".md", ".tex")), ("figures", (".png", ".svg"))):
         if (out / folder).is_dir():
             for path in (out / folder).iterdir():
                 if path.suffix in ends:
