@@ -42,6 +42,20 @@ def check(arguments: argparse.Namespace) -> None:
         print(f"experiment {name}: {len(experiment.runs)} runs x {len(experiment.seeds)} seeds")
 
 
+def new(arguments: argparse.Namespace) -> None:
+    """Writes a study of a folder of images, and of a teacher of one's own."""
+    from attention_transfer.commands import new
+
+    preset = new.write(
+        arguments.name,
+        arguments.images,
+        size=arguments.size,
+        teacher=arguments.teacher,
+        heads=arguments.heads,
+    )
+    print(f"{preset} is written: look it through.\nThen: make study STUDY={arguments.name}")
+
+
 def show(arguments: argparse.Namespace) -> None:
     """Prints the main table and where the report is; of an experiment, the accuracies of its runs."""
     from attention_transfer import config
@@ -179,6 +193,7 @@ def ui(arguments: argparse.Namespace) -> None:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "doctor": doctor,
+    "new": new,
     "check": check,
     "show": show,
     "plan": forecast,
@@ -220,6 +235,17 @@ def main() -> None:
         commands.choices["compare"].add_argument(
             which, help="a study (core, full, full/qkv), a revision of the default study, or REVISION:STUDY"
         )
+    commands.choices["new"].add_argument("name", help="of the study, such as flowers")
+    commands.choices["new"].add_argument(
+        "--images", type=Path, required=True, help="folder with train/<class>/*.jpg and test/<class>/*.jpg"
+    )
+    commands.choices["new"].add_argument(
+        "--size", type=int, help="of the images, in pixels (default: 64 or less)"
+    )
+    commands.choices["new"].add_argument(
+        "--teacher", type=Path, help="its weights, safetensors (default: it is pre-trained on the images)"
+    )
+    commands.choices["new"].add_argument("--heads", type=int, help="of the teacher: its weights do not tell")
     commands.choices["remake"].add_argument("stage", help="as DVC names it, such as train@copy-0")
     commands.choices["repro"].add_argument("--jobs", type=_jobs, default=1, help="stages at a time")
     commands.choices["repro"].add_argument(
