@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -140,13 +141,28 @@ def remake(arguments: argparse.Namespace) -> None:
     sys.exit(remake.remake(arguments.stage))
 
 
-def repro(arguments: argparse.Namespace) -> None:
-    """Does what `dvc repro` does, with several stages at a time."""
-    from attention_transfer import config, lock_file
+def run(arguments: argparse.Namespace) -> None:
+    """Does what `dvc repro` does, with several stages at a time: shows their speed and the time left."""
     from attention_transfer.commands import repro
 
-    graph = lock_file.path(config.load(arguments.params).name).with_name("dvc.yaml")
-    sys.exit(repro.repro(graph, arguments.jobs, arguments.only))
+    sys.exit(repro.repro(_graph(arguments.params), arguments.jobs, arguments.only))
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Makes the report anew of what has been run, experiments of which some have not been run included."""
+    graph = _graph(arguments.params)
+    stage = f"{graph}:report"
+    command = [sys.executable, "-m", "dvc", "repro", "--quiet", "--single-item", stage]
+    if code := subprocess.run(command, check=False).returncode:
+        sys.exit(code)
+    show(arguments)
+
+
+def _graph(params: Path) -> Path:
+    """The study's dvc.yaml."""
+    from attention_transfer import config, lock_file
+
+    return lock_file.path(config.load(params).name).with_name("dvc.yaml")
 
 
 def prune(arguments: argparse.Namespace) -> None:
@@ -202,7 +218,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "compare": compare,
     "verify": verify,
     "remake": remake,
-    "repro": repro,
+    "run": run,
+    "report": report,
     "prune": prune,
     "sync": sync,
     "ui": ui,
@@ -221,7 +238,18 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in COMMANDS.items():
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        if name in ("doctor", "status", "check", "show", "plan", "detectable", "verify", "prune", "repro"):
+        if name in (
+            "doctor",
+            "status",
+            "check",
+            "show",
+            "plan",
+            "detectable",
+            "verify",
+            "prune",
+            "run",
+            "report",
+        ):
             command.add_argument("--params", type=Path, default=Path("params.yaml"))
     for name in ("plan", "status", "compare", "doctor"):
         commands.choices[name].add_argument("--json", action="store_true", help="for a program to read")
@@ -247,8 +275,8 @@ def main() -> None:
     )
     commands.choices["new"].add_argument("--heads", type=int, help="of the teacher: its weights do not tell")
     commands.choices["remake"].add_argument("stage", help="as DVC names it, such as train@copy-0")
-    commands.choices["repro"].add_argument("--jobs", type=_jobs, default=1, help="stages at a time")
-    commands.choices["repro"].add_argument(
+    commands.choices["run"].add_argument("--jobs", type=_jobs, default=1, help="stages at a time")
+    commands.choices["run"].add_argument(
         "--only",
         metavar="STAGE",
         nargs="+",
