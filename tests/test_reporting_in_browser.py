@@ -24,7 +24,11 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("report")
     study = synthetic.study(evaluation__shifts=("fog", "jpeg", "rotate"))
     metrics, artifacts = synthetic.write(root, study)
-    report_page.build(study, metrics, artifacts, root / "out")
+    accuracy = {"copy_query": {0: 0.84, 1: 0.85}, "copy_value": {0: 0.80, 1: 0.79}}
+    experiments = {
+        name: synthetic.write_experiment(study, accuracy, metrics, name) for name in ("qkv", "layers")
+    }
+    report_page.build(study, metrics, artifacts, root / "out", experiments=experiments)
     return root / "out" / "report.html"
 
 
@@ -55,7 +59,7 @@ def test_the_first_screen_answers(page: Page) -> None:
 
 def test_every_chart_is_drawn_and_says_what_it_is(page: Page) -> None:
     hosts = page.locator("[data-chart]")
-    assert hosts.count() == 7, "main, ensembles, two of shifts, three of attention"
+    assert hosts.count() == 9, "main, ensembles, two of shifts, three of attention, two experiments"
     for host in hosts.all():
         svg = host.locator("svg")
         expect(svg).to_have_count(1)
@@ -66,6 +70,20 @@ def test_every_chart_is_drawn_and_says_what_it_is(page: Page) -> None:
         assert box is not None
         assert box["width"] > 150
         assert box["height"] > 60
+
+
+def test_an_experiment_has_its_own_figure_beside_the_chart(page: Page) -> None:
+    """What the figure of layers draws, accuracy by their number, is no row of intervals."""
+    expect(page.locator("#layers img")).to_be_visible()
+    expect(page.locator("#layers [data-chart=experiment_layers] svg")).to_be_visible()
+    expect(page.locator("#qkv [data-chart=experiment_qkv] svg")).to_be_visible()
+    assert not page.locator("#qkv img").count()
+    labels = page.locator("#qkv path[aria-roledescription=point]").evaluate_all(
+        "marks => marks.map((mark) => mark.getAttribute('aria-label'))"
+    )
+    assert [label.split()[:2] for label in labels] == [["copy_query:", "84.50"], ["copy_value:", "79.50"]]
+    page.locator("#qkv details summary").click()
+    expect(page.locator("#qkv details pre")).to_contain_text("copy_query: {")
 
 
 def test_a_value_is_shown_where_the_mouse_is(page: Page) -> None:

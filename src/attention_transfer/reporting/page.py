@@ -145,6 +145,8 @@ def _moving(found: Sequence[Chart], attention: dict[str, Any], captions: Mapping
     return {
         "charts": specs,
         "attention": attention,
+        "pictures_beside_charts": specs.keys()
+        & {f"experiment_{name}" for name in experiment_figures.FIGURES},
         "page_data": {"charts": specs, "attention": attention},
         "vega": scripts.vega(),
         "own_script": scripts.own(),
