@@ -19,7 +19,7 @@ APT := command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]
 study: setup
 	python -m attention_transfer check --params $(PARAMS)
 	$(if $(filter smoke,$(STUDY)),,python -m attention_transfer plan --once --params $(PARAMS))
-	python -m attention_transfer repro --params $(PARAMS) --jobs $(JOBS)
+	python -m attention_transfer run --params $(PARAMS) --jobs $(JOBS)
 	python -m attention_transfer show --params $(PARAMS)
 
 # Tests run on two workers with a thread each: two teams of threads on two cores wait for each other.
@@ -63,7 +63,7 @@ $(READY):
 # Chooses each method's learning rate (and attention weight) on the validation split; never reads the test set.
 tune: setup
 	python -m attention_transfer check --params presets/tune.yaml
-	python -m attention_transfer repro --params presets/tune.yaml --only train --jobs $(JOBS)
+	python -m attention_transfer run --params presets/tune.yaml --only train --jobs $(JOBS)
 	python pipeline/choose.py --params presets/tune.yaml
 
 ui: setup

@@ -128,7 +128,7 @@ class Run:
             sys.executable,
             "-m",
             "attention_transfer",
-            "repro",
+            "run",
             "--params",
             PARAMS,
             "--jobs",

@@ -11,6 +11,8 @@ from attention_transfer.errors import StudyError
 from attention_transfer.files import fingerprint, sha256
 from attention_transfer.reporting import page, rules
 
+UI = "http://127.0.0.1:5000"  # of `make ui`
+
 
 def main(this: Stage) -> None:
     study, layout = this.study, this.layout
@@ -26,6 +28,9 @@ def main(this: Stage) -> None:
                 layout.report,
                 experiments=experiments,
                 rules_fixed=dict(zip(rules.names(), provenance.last_changes(rules.FILE), strict=True)),
+                ui={
+                    name: tracking.links(UI, study.name, name) for name in (tracking.MAIN, *study.experiments)
+                },
             )
             for path in sorted((layout.report / "figures").glob("*.png")):
                 this.tracker.log_artifact(path)

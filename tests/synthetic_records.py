@@ -243,6 +243,30 @@ def write_similarity_of(metrics: Path, experiment: str, run: str) -> pd.DataFram
     return frame
 
 
+def write_experiment(
+    study: Study, accuracy: Mapping[str, Mapping[int, float]], metrics: Path, name: str
+) -> Study:
+    """Writes the scores of an experiment with these accuracies, and gives its study."""
+    folder = metrics / "evaluate" / name
+    folder.mkdir()
+    rows = [
+        {"run": run, "seed": seed, "set": which, "accuracy": value + (which == "validation")}
+        for run, values in accuracy.items()
+        for seed, value in values.items()
+        for which in ("validation", "test")
+    ]
+    pd.DataFrame(rows).to_csv(folder / "scores.csv", index=False)
+    record = json.loads((metrics / "evaluate" / "run.json").read_text())
+    kept = {key: value for key, value in record.items() if key not in ("digest", "outputs")}
+    run_record.write(folder, kept, [folder / "scores.csv"])
+    write_similarity_of(metrics, name, "copy_query")
+    runs = {run: study.runs["copy"].model_copy(update={"transfer": "query"}) for run in accuracy}
+    seeds = tuple(next(iter(accuracy.values())))
+    return study.model_copy(
+        update={"name": f"synthetic/{name}", "runs": runs, "seeds": seeds, "report": None}
+    )
+
+
 def _write_training(
     folder: Path, study: Study, run: str, seed: int, *, accuracy: float, numbers: Numbers
 ) -> None:

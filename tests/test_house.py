@@ -80,7 +80,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             for name in ("statistics", "multiple_tests", "power", "robustness", "variance")
         ),
     ),
-    "tracking": ("errors", "files", "provenance", "run_record"),
+    "tracking": ("errors", "files", "layout", "provenance", "run_record"),
     # What puts the rooms together, for the stages.
     "plan": ("config", "errors", "layout", "transfer.cache"),
     "assembly": (
@@ -158,6 +158,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 # Third-party packages that only some may import.
 ONLY_IN = {
     "mlflow": ("tracking",),
+    "altair": ("reporting",),
+    "vl_convert": ("reporting.scripts",),
     "yaml": ("graph_file", "lock_file", "params_yaml", "tracking.sync"),  # all but the third read DVC's files
     "pydantic": ("config", "config_errors", "config_runs", "config_teachers", "config_values"),
     "timm": ("assembly", "data.sources", "models", "training"),

@@ -14,7 +14,7 @@ import pytest
 import synthetic_records as synthetic
 from scipy import stats
 
-from attention_transfer import config, run_record
+from attention_transfer import config
 from attention_transfer.commands import show_experiment
 from attention_transfer.config import Study
 from attention_transfer.errors import StudyError
@@ -119,30 +119,6 @@ def test_every_contrast_is_of_runs_that_the_full_study_has() -> None:
     assert set(experiments.HEADINGS) == set(study.experiments)
 
 
-def experiment_of(
-    study: Study, accuracy: Mapping[str, Mapping[int, float]], metrics: Path, name: str
-) -> Study:
-    """Writes the scores of an experiment with these accuracies, and gives its study."""
-    folder = metrics / "evaluate" / name
-    folder.mkdir()
-    rows = [
-        {"run": run, "seed": seed, "set": which, "accuracy": value + (which == "validation")}
-        for run, values in accuracy.items()
-        for seed, value in values.items()
-        for which in ("validation", "test")
-    ]
-    pd.DataFrame(rows).to_csv(folder / "scores.csv", index=False)
-    record = json.loads((metrics / "evaluate" / "run.json").read_text())
-    kept = {key: value for key, value in record.items() if key not in ("digest", "outputs")}
-    run_record.write(folder, kept, [folder / "scores.csv"])
-    synthetic.write_similarity_of(metrics, name, "copy_query")
-    runs = {run: study.runs["copy"].model_copy(update={"transfer": "query"}) for run in accuracy}
-    seeds = tuple(next(iter(accuracy.values())))
-    return study.model_copy(
-        update={"name": f"synthetic/{name}", "runs": runs, "seeds": seeds, "report": None}
-    )
-
-
 @pytest.fixture
 def written(tmp_path: Path) -> tuple[Study, Path, Path, dict[str, Study]]:
     study = synthetic.study()
@@ -152,7 +128,7 @@ def written(tmp_path: Path) -> tuple[Study, Path, Path, dict[str, Study]]:
         "copy_query": {seed: float(copy[seed]) - 0.002 * (seed + 1) for seed in (0, 1)},
         "copy_value": {seed: float(copy[seed]) - 0.05 + 0.001 * seed for seed in (0, 1)},
     }
-    return study, metrics, artifacts, {"qkv": experiment_of(study, accuracy, metrics, "qkv")}
+    return study, metrics, artifacts, {"qkv": synthetic.write_experiment(study, accuracy, metrics, "qkv")}
 
 
 def test_claims_of_an_experiment_beside_the_main_comparison(

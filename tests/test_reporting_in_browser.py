@@ -24,7 +24,11 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("report")
     study = synthetic.study(evaluation__shifts=("fog", "jpeg", "rotate"))
     metrics, artifacts = synthetic.write(root, study)
-    report_page.build(study, metrics, artifacts, root / "out")
+    accuracy = {"copy_query": {0: 0.84, 1: 0.85}, "copy_value": {0: 0.80, 1: 0.79}}
+    experiments = {
+        name: synthetic.write_experiment(study, accuracy, metrics, name) for name in ("qkv", "layers")
+    }
+    report_page.build(study, metrics, artifacts, root / "out", experiments=experiments)
     return root / "out" / "report.html"
 
 
@@ -55,7 +59,7 @@ def test_the_first_screen_answers(page: Page) -> None:
 
 def test_every_chart_is_drawn_and_says_what_it_is(page: Page) -> None:
     hosts = page.locator("[data-chart]")
-    assert hosts.count() == 7, "main, ensembles, two of shifts, three of attention"
+    assert hosts.count() == 9, "main, ensembles, two of shifts, three of attention, two experiments"
     for host in hosts.all():
         svg = host.locator("svg")
         expect(svg).to_have_count(1)
@@ -68,28 +72,39 @@ def test_every_chart_is_drawn_and_says_what_it_is(page: Page) -> None:
         assert box["height"] > 60
 
 
+def test_an_experiment_has_its_own_figure_beside_the_chart(page: Page) -> None:
+    """What the figure of layers draws, accuracy by their number, is no row of intervals."""
+    expect(page.locator("#layers img")).to_be_visible()
+    expect(page.locator("#layers [data-chart=experiment_layers] svg")).to_be_visible()
+    expect(page.locator("#qkv [data-chart=experiment_qkv] svg")).to_be_visible()
+    assert not page.locator("#qkv img").count()
+    labels = page.locator("#qkv path[aria-roledescription=point]").evaluate_all(
+        "marks => marks.map((mark) => mark.getAttribute('aria-label'))"
+    )
+    assert [label.split()[:2] for label in labels] == [["copy_query:", "84.50"], ["copy_value:", "79.50"]]
+    page.locator("#qkv details summary").click()
+    expect(page.locator("#qkv details pre")).to_contain_text("copy_query: {")
+
+
 def test_a_value_is_shown_where_the_mouse_is(page: Page) -> None:
     page.locator("[data-chart=main] path[aria-roledescription=point]").first.hover()
     tip = page.locator("#vg-tooltip-element")
     expect(tip).to_be_visible()
-    assert "scratch" in tip.inner_text()
+    expect(tip).to_contain_text("scratch")
     assert "80.06" in tip.inner_text()
 
 
 def test_a_table_is_sorted_by_its_numbers(page: Page) -> None:
     table = page.locator("#table-main table")
-
-    def column() -> list[str]:
-        return [row.locator("th").inner_text() for row in table.locator("tbody tr").all()]
-
-    assert column() == ["scratch", "finetune", "copy", "distill"]
+    runs = table.locator("tbody th")
+    expect(runs).to_have_text(["scratch", "finetune", "copy", "distill"])
     header = table.locator("thead th").nth(2)
     header.click()
-    assert column() == ["scratch", "copy", "finetune", "distill"]
-    assert header.get_attribute("aria-sort") == "ascending"
+    expect(runs).to_have_text(["scratch", "copy", "finetune", "distill"])
+    expect(header).to_have_attribute("aria-sort", "ascending")
     header.get_by_role("button").focus()
     page.keyboard.press("Enter")
-    assert column() == ["distill", "finetune", "copy", "scratch"]
+    expect(runs).to_have_text(["distill", "finetune", "copy", "scratch"])
 
 
 def test_a_long_table_can_be_searched(page: Page) -> None:
@@ -106,9 +121,9 @@ def test_the_shift_viewer_shows_the_choice(page: Page) -> None:
     assert len(before) == 4
     page.locator("[data-signal=severity]").select_option("1")
     page.locator("[data-signal=shift]").select_option(label="fog")
+    expect(runs.nth(1)).not_to_have_attribute("aria-label", before[1] or "")
     after = [mark.get_attribute("aria-label") for mark in runs.all()]
     assert len(after) == 4
-    assert before != after
     # drops are in proportion to severity and average to a tenth, see synthetic_records
     assert accuracy(before[1], "finetune") == pytest.approx(86 - 10 * 5 / 3, abs=1)
     assert accuracy(after[1], "finetune") == pytest.approx(86 - 10 / 3, abs=1)
@@ -131,6 +146,7 @@ def test_the_attention_viewer_shows_what_is_stored(page: Page, report: Path) -> 
     expected = {"teacher": teacher, "student": student, "difference": student - teacher}
     for panel, values in expected.items():
         marks = page.locator(f"[data-chart=attention_{panel}] path[aria-roledescription='rect mark']")
+        expect(marks.first).to_have_attribute("aria-label", f"row 1, column 1: {values[0]:.2f} %")
         shown = [read_patch(mark.get_attribute("aria-label") or "") for mark in marks.all()]
         grid = np.full((7, 7), np.nan)
         for row, column, weight in shown:

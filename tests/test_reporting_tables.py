@@ -1,6 +1,7 @@
 """Tables hold what the records say, for the runs that the study names and no other."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import synthetic_records as synthetic
+from hypothesis import given
+from hypothesis import strategies as st
 from synthetic_records import Numbers
 
 from attention_transfer.config import Study
@@ -249,3 +252,29 @@ def test_markdown_cells_stay_one_cell(text: str) -> None:
     assert unescaped.count("|") == 3
     assert "<" not in row
     assert "[x](" not in row
+
+
+WORDS = "textbackslash|textasciitilde|textasciicircum|textless|textgreater|textbar"
+ESCAPED = re.compile(rf"\\(?:{WORDS})\{{\}}|\\[&%$#_{{}}]|\$-\$|\$\^2\$")
+
+
+@given(text=st.text(alphabet="ab \\&%$#_{}~^<>|−²–’\n", max_size=12))
+def test_latex_cells_stay_one_cell(text: str) -> None:
+    """What is left when every escape is taken away has no character that means something to LaTeX."""
+    escaped = tables.escape_latex(text)
+    assert not set(ESCAPED.sub("", escaped)) & set("\\&%$#_{}~^<>|\n")
+    assert escaped.isascii()
+
+
+def test_a_latex_table_has_a_row_for_each_row(tmp_path: Path) -> None:
+    study = synthetic.study()
+    metrics, _ = synthetic.write(tmp_path, study)
+    assert study.report is not None
+    for table in tables.build(load(study, metrics), study.report):
+        lines = tables.latex(table).splitlines()
+        rules = [lines.index(rf"\{name}rule") for name in ("top", "mid", "bottom")]
+        body = lines[rules[1] + 1 : rules[2]]
+        assert len(body) == len(table.shown)
+        for line in (lines[rules[0] + 1], *body):
+            assert line.endswith(r"\\")
+            assert len(re.findall(r"(?<!\\)&", line)) == table.shown.shape[1] - 1

@@ -535,6 +535,16 @@ def test_edited_figure_reruns_the_report_alone(study: Study) -> None:
     assert study.stages_run(GRAPH) == {"report"}
 
 
+def test_the_report_is_made_and_shown_by_itself(study: Study) -> None:
+    page = study.folder / "reports" / "smoke" / "report.html"
+    page.unlink()
+    shown = study.run(sys.executable, "-m", "attention_transfer", "report", "--params", PRESET)
+    assert shown.code == 0, shown.text[-3000:]
+    assert str(page) in shown.text
+    assert "distill" in shown.text
+    assert page.exists()
+
+
 @dataclass
 class Running:
     """A `dvc repro` in a process group of its own, stopped while it trains."""

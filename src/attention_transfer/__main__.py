@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -40,6 +41,20 @@ def check(arguments: argparse.Namespace) -> None:
     )
     for name, experiment in experiments.items():
         print(f"experiment {name}: {len(experiment.runs)} runs x {len(experiment.seeds)} seeds")
+
+
+def new(arguments: argparse.Namespace) -> None:
+    """Writes a study of a folder of images, and of a teacher of one's own."""
+    from attention_transfer.commands import new
+
+    preset = new.write(
+        arguments.name,
+        arguments.images,
+        size=arguments.size,
+        teacher=arguments.teacher,
+        heads=arguments.heads,
+    )
+    print(f"{preset} is written: look it through.\nThen: make study STUDY={arguments.name}")
 
 
 def show(arguments: argparse.Namespace) -> None:
@@ -126,13 +141,28 @@ def remake(arguments: argparse.Namespace) -> None:
     sys.exit(remake.remake(arguments.stage))
 
 
-def repro(arguments: argparse.Namespace) -> None:
-    """Does what `dvc repro` does, with several stages at a time."""
-    from attention_transfer import config, lock_file
+def run(arguments: argparse.Namespace) -> None:
+    """Does what `dvc repro` does, with several stages at a time: shows their speed and the time left."""
     from attention_transfer.commands import repro
 
-    graph = lock_file.path(config.load(arguments.params).name).with_name("dvc.yaml")
-    sys.exit(repro.repro(graph, arguments.jobs, arguments.only))
+    sys.exit(repro.repro(_graph(arguments.params), arguments.jobs, arguments.only))
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Makes the report anew of what has been run, experiments of which some have not been run included."""
+    graph = _graph(arguments.params)
+    stage = f"{graph}:report"
+    command = [sys.executable, "-m", "dvc", "repro", "--quiet", "--single-item", stage]
+    if code := subprocess.run(command, check=False).returncode:
+        sys.exit(code)
+    show(arguments)
+
+
+def _graph(params: Path) -> Path:
+    """The study's dvc.yaml."""
+    from attention_transfer import config, lock_file
+
+    return lock_file.path(config.load(params).name).with_name("dvc.yaml")
 
 
 def prune(arguments: argparse.Namespace) -> None:
@@ -168,15 +198,18 @@ def ui(arguments: argparse.Namespace) -> None:
     from attention_transfer import tracking
 
     sync(arguments)
-    print(
-        f"MLflow UI: http://{arguments.host}:{arguments.port} (ready in about half a minute; Ctrl-C ends it)"
-    )
+    address = f"http://{arguments.host}:{arguments.port}"
+    print(f"MLflow UI: {address} (ready in about half a minute; Ctrl-C ends it)")
+    for study in sorted(path.parent.name for path in Path("metrics").glob("*/train")):
+        for title, link in tracking.links(address, study).items():
+            print(f"  {title:24} {link}")
     sys.stdout.flush()
     tracking.serve(Path(), port=arguments.port, host=arguments.host)
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "doctor": doctor,
+    "new": new,
     "check": check,
     "show": show,
     "plan": forecast,
@@ -185,7 +218,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "compare": compare,
     "verify": verify,
     "remake": remake,
-    "repro": repro,
+    "run": run,
+    "report": report,
     "prune": prune,
     "sync": sync,
     "ui": ui,
@@ -204,7 +238,18 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in COMMANDS.items():
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        if name in ("doctor", "status", "check", "show", "plan", "detectable", "verify", "prune", "repro"):
+        if name in (
+            "doctor",
+            "status",
+            "check",
+            "show",
+            "plan",
+            "detectable",
+            "verify",
+            "prune",
+            "run",
+            "report",
+        ):
             command.add_argument("--params", type=Path, default=Path("params.yaml"))
     for name in ("plan", "status", "compare", "doctor"):
         commands.choices[name].add_argument("--json", action="store_true", help="for a program to read")
@@ -218,9 +263,20 @@ def main() -> None:
         commands.choices["compare"].add_argument(
             which, help="a study (core, full, full/qkv), a revision of the default study, or REVISION:STUDY"
         )
+    commands.choices["new"].add_argument("name", help="of the study, such as flowers")
+    commands.choices["new"].add_argument(
+        "--images", type=Path, required=True, help="folder with train/<class>/*.jpg and test/<class>/*.jpg"
+    )
+    commands.choices["new"].add_argument(
+        "--size", type=int, help="of the images, in pixels (default: 64 or less)"
+    )
+    commands.choices["new"].add_argument(
+        "--teacher", type=Path, help="its weights, safetensors (default: it is pre-trained on the images)"
+    )
+    commands.choices["new"].add_argument("--heads", type=int, help="of the teacher: its weights do not tell")
     commands.choices["remake"].add_argument("stage", help="as DVC names it, such as train@copy-0")
-    commands.choices["repro"].add_argument("--jobs", type=_jobs, default=1, help="stages at a time")
-    commands.choices["repro"].add_argument(
+    commands.choices["run"].add_argument("--jobs", type=_jobs, default=1, help="stages at a time")
+    commands.choices["run"].add_argument(
         "--only",
         metavar="STAGE",
         nargs="+",

@@ -73,7 +73,7 @@ def code_files(script: Path) -> tuple[Path, ...]:
     """What `imported_files` finds, and the templates and texts that lie beside it."""
     imported = imported_files(script)
     texts = {
-        text for file in imported for kind in ("templates/*.j2", "*.jsonl") for text in file.parent.glob(kind)
+        text for file in imported for kind in ("templates/*", "*.jsonl") for text in file.parent.glob(kind)
     }
     return tuple(sorted({*imported, *texts}))
 

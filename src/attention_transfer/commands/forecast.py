@@ -16,7 +16,7 @@ from tabulate import tabulate
 
 from attention_transfer import plan, provenance
 from attention_transfer.config import Study
-from attention_transfer.files import TEMPORARY
+from attention_transfer.files import TEMPORARY, write_text
 from attention_transfer.layout import Layout
 from attention_transfer.measuring import speeds
 from attention_transfer.measuring.clock import LEAST, WARM_UP
@@ -24,6 +24,7 @@ from attention_transfer.measuring.forecast import STARTED_ONLY, Forecast, foreca
 from attention_transfer.measuring.speeds import Speeds
 from attention_transfer.training import machine
 
+FORECAST = "forecast.txt"
 SECONDS_A_TEACHER, SECONDS_A_RUN = 8, 2  # roughly, on two cores
 OF_EXPERIMENTS = ("resolve", "train", "predict", "evaluate", "similarity")
 OF_DATA = ("data", "split", "cache")  # beside those, of an experiment with data of its own
@@ -44,13 +45,12 @@ def show(study: Study, experiments: Mapping[str, Study], params_file: Path, *, a
         measured = speeds.measure(everything, device, Path(folder))
     found = forecast(study, layout, measured)
     more = {name: of_experiment(each, measured) for name, each in experiments.items()}
-    print(
-        _json(study, device, measured, found, more)
-        if as_json
-        else _text(
-            study, params_file, device, measured, found, experiments=_experiments(experiments, found, more)
-        )
-    )
+    table = _experiments(experiments, found, more)
+    text = _text(study, params_file, device, measured, found, experiments=table)
+    kept = layout.own / FORECAST
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    write_text(kept, text)  # MLflow shows it with the study
+    print(_json(study, device, measured, found, more) if as_json else text)
 
 
 def _with_runs_of(study: Study, experiments: Mapping[str, Study]) -> Study:

@@ -93,14 +93,20 @@ def _experiment(experiment: Experiment, records: Records, report: Report) -> Cha
         run: {str(seed): 100 * value for seed, value in found.items()}
         for run, found in experiment.accuracy.items()
     }
+    caption = (
+        f"{experiment.heading}: test accuracy by run. Marker and bar: mean over seeds and {level(records)} interval; "
+        "small points: single seeds. A bar that reaches the edge goes on beyond it."
+    )
     lines = {}
     if not experiment.study.own_data:
         lines = {
             f"{run}, main comparison": float(np.mean(list(_by_seed(records, run).values())))
             for run in (report.scratch, report.finetune)
         }
+        caption += f" Dashed: the main comparison's {report.scratch} and {report.finetune}, means."
     name = f"experiment_{experiment.name}"
-    return _rows(name, "test accuracy, %", values, _colours(experiment.study), records, lines=lines)
+    colours = _colours(experiment.study)
+    return _rows(name, "test accuracy, %", values, colours, records, caption=caption, lines=lines)
 
 
 def _by_seed(records: Records, run: str) -> dict[str, float]:

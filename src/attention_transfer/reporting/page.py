@@ -58,6 +58,7 @@ def build(
     *,
     experiments: Mapping[str, Study] | None = None,
     rules_fixed: Mapping[str, str | None] | None = None,
+    ui: Mapping[str, Mapping[str, str]] | None = None,
 ) -> None:
     """Writes the report of a study and of its experiments.
 
@@ -68,6 +69,7 @@ def build(
             earlier report that this one does not have are removed.
         experiments: by name, see `config.experiments`; what has not been run yet is said to be so.
         rules_fixed: by claim the commit that last changed its rule; None where that is not known.
+        ui: by experiment ("main" for the runs of none), addresses of its pages in the MLflow UI by title.
 
     Raises:
         StudyError: the study has no report section or does not predict on the test set, or a record is missing
@@ -115,6 +117,7 @@ def build(
     context |= {
         "answer": answer.sentences(records, report, judged),
         "rules_fixed": rules_fixed or {},
+        "ui": ui or {},
         "sections": sections.of_study(
             more,
             figures={drawing.name for drawing in drawings},
@@ -142,6 +145,8 @@ def _moving(found: Sequence[Chart], attention: dict[str, Any], captions: Mapping
     return {
         "charts": specs,
         "attention": attention,
+        "pictures_beside_charts": specs.keys()
+        & {f"experiment_{name}" for name in experiment_figures.FIGURES},
         "page_data": {"charts": specs, "attention": attention},
         "vega": scripts.vega(),
         "own_script": scripts.own(),
@@ -151,7 +156,7 @@ def _moving(found: Sequence[Chart], attention: dict[str, Any], captions: Mapping
 
 
 def _remove_stale(out: Path) -> None:
-    for folder, ends in (("tables", (".csv", ".md")), ("figures", (".png", ".svg"))):
+    for folder, ends in (("tables", (".csv", ".md", ".tex")), ("figures", (".png", ".svg"))):
         if (out / folder).is_dir():
             for path in (out / folder).iterdir():
                 if path.suffix in ends:

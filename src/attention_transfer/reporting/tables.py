@@ -451,11 +451,12 @@ def build(records: Records, report: Report) -> list[Table]:
 
 
 def write(tables: Sequence[Table], folder: Path) -> None:
-    """Writes NAME.csv and NAME.md of every table."""
+    """Writes NAME.csv, NAME.md and NAME.tex of every table."""
     for table in tables:
         with atomic(folder / f"{table.name}.csv") as temporary:
             table.frame.to_csv(temporary, index=False, float_format="%.6g")
         write_text(folder / f"{table.name}.md", f"{escape(table.caption)}\n\n{markdown(table)}\n")
+        write_text(folder / f"{table.name}.tex", latex(table))
 
 
 def markdown(table: Table) -> str:
@@ -465,6 +466,34 @@ def markdown(table: Table) -> str:
     shown = table.shown.rename(columns=escape).map(escape)
     align = ["left", *["right"] * (shown.shape[1] - 1)]
     return str(shown.to_markdown(index=False, disable_numparse=True, colalign=align))
+
+
+def latex(table: Table) -> str:
+    """The shown table for a paper, with the package booktabs."""
+    shown = table.shown.rename(columns=escape_latex).map(escape_latex)
+    return str(
+        shown.to_latex(
+            index=False,
+            escape=False,
+            column_format="l" + "r" * (shown.shape[1] - 1),
+            caption=escape_latex(table.caption),
+            label=f"tab:{table.name}",
+            position="htbp",
+        )
+    )
+
+
+LATEX = {
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+    **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"},
+    **{"−": "$-$", "²": r"$^2$", "–": "--", "’": "'"},
+}
+
+
+def escape_latex(value: object) -> str:
+    """Text that means itself in LaTeX, in ASCII as far as the report's own words go."""
+    return "".join(LATEX.get(character, character) for character in " ".join(str(value).split()))
 
 
 def escape(value: object) -> str:

@@ -12,6 +12,8 @@ import psutil
 from attention_transfer.tracking.database import Store
 
 SMALL_BATCH = 100  # MLflow's limit of params, and of tags, in one call
+NOTE = "mlflow.note.content"
+"""Tag that the UI shows as a run's description, as Markdown."""
 DIGEST = 36  # MLflow's limit of a data set's digest
 
 
@@ -50,6 +52,16 @@ def run_tags(
         "mlflow.source.git.commit": git_revision,  # the one that the UI shows
     }
     return {key: value for key, value in tags.items() if value is not None}
+
+
+def note(record: Mapping[str, Any]) -> str:
+    """A run's description: the DVC stage that made it and, of a training, its recipe."""
+    stage = record.get("dvc", {}).get("stage")
+    lines = [f"DVC stage `{stage}`. Again: `dvc repro --single-item --force {stage}`"] if stage else []
+    if recipe := record["params"].get("runs", {}).get(record.get("run")):
+        lines += ["", "| param | value |", "|:--|:--|"]
+        lines += [f"| {key} | {value} |" for key, value in flatten(recipe).items() if value != "null"]
+    return "\n".join(lines)
 
 
 def process_tags() -> dict[str, str]:

@@ -16,19 +16,27 @@ from filelock import FileLock
 
 from attention_transfer import files, run_record
 from attention_transfer.errors import StudyError, repro
+from attention_transfer.layout import Layout
+from attention_transfer.tracking import study_page, views
 from attention_transfer.tracking.contents import (
+    NOTE,
     flatten,
     log_inputs,
     log_params,
     log_tags,
+    note,
     process_tags,
     run_tags,
 )
 from attention_transfer.tracking.database import Store, address, connect, redacted, study_run
+from attention_transfer.tracking.results import Accuracies, cost
+from attention_transfer.tracking.results import accuracies as read_accuracies
 from attention_transfer.tracking.runs import BATCH
 
 SAME_PROCESS_SECONDS = 5.0  # a corrected clock moves a process's start time; a reused id is much further off
 RECORDED = ("study", "stage", "run", "seed", "fingerprint")  # tags that say which record a run shows
+
+MODEL = "model"  # tag of a training's run: MLflow's id of the model that it has left
 
 Key = tuple[str | None, ...]
 
@@ -41,7 +49,7 @@ class SyncReport:
         imported: names of the runs that were missing.
         present: how many records the store showed already.
         killed: names of the runs found RUNNING without their process.
-        tagged: names of the runs that got tags which they lacked, of the lock file or the record.
+        tagged: names of the runs that got tags or metrics which they lacked, of lock file, record or later stages.
     """
 
     imported: tuple[str, ...]
@@ -56,7 +64,8 @@ class _Record:
     name: str
     content: Mapping[str, Any]
     points: Mapping[tuple[str, int], float]  # (metric, epoch) -> value
-    tags: Mapping[str, str]  # those that a live run does not know
+    results: Mapping[str, float]  # metrics that a live run does not know
+    tags: Mapping[str, str]  # likewise
 
     @property
     def key(self) -> Key:
@@ -88,7 +97,7 @@ def sync(
     try:
         store = connect(root)
         with FileLock(store.folder / ".mlflow.sync.lock", timeout=600):
-            return _sync(store, records)
+            return _sync(store, records, metrics.parent)
     except ImportError as error:
         raise StudyError(
             f"MLflow cannot be loaded: {error}",
@@ -104,7 +113,7 @@ def sync(
         ) from error
 
 
-def _sync(store: Store, records: list[_Record]) -> SyncReport:
+def _sync(store: Store, records: list[_Record], root: Path) -> SyncReport:
     shown: dict[Key, Any] = {}
     killed = []
     for run in store.search("tags.kind = 'stage'"):
@@ -114,16 +123,30 @@ def _sync(store: Store, records: list[_Record]) -> SyncReport:
         elif run.info.status in {"FINISHED", "RUNNING"}:
             shown[tuple(run.data.tags.get(tag) for tag in RECORDED)] = run
     imported, tagged = [], []
-    parents: dict[str, str] = {}
+    parents = {name: study_run(store, name) for name in sorted({record.study for record in records})}
     for record in records:
         if (found := shown.get(record.key)) is None:
-            if record.study not in parents:
-                parents[record.study] = study_run(store, record.study)
             _import(store, record, parents[record.study])
             imported.append(record.name)
-        elif record.tags.items() - found.data.tags.items():
+            continue
+        tags = record.tags.items() - found.data.tags.items()
+        results = record.results.items() - found.data.metrics.items()
+        if tags:
             log_tags(store, found.info.run_id, record.tags)
+        if results:
+            _log_results(store, found.info.run_id, dict(results))
+        if tags or results:
             tagged.append(record.name)
+        if MODEL not in found.data.tags:
+            _log_model(store, found.info.run_id, record)
+    for name, parent in parents.items():
+        trained = {
+            record.tags["experiment"]
+            for record in records
+            if record.study == name and record.content["stage"] == "train"
+        }
+        views.save(store, name, sorted(trained))
+        study_page.show(store, name, parent, root, sorted(trained))
     return SyncReport(tuple(imported), len(records) - len(imported), tuple(killed), tuple(tagged))
 
 
@@ -170,7 +193,38 @@ def _import(store: Store, record: _Record, parent: str) -> None:
     points = [Metric(name, value, end, epoch) for (name, epoch), value in record.points.items()]
     for first in range(0, len(points), BATCH):
         store.client.log_batch(run_id, metrics=points[first : first + BATCH])
+    _log_results(store, run_id, record.results)
+    _log_model(store, run_id, record)
     store.client.set_terminated(run_id, "FINISHED", end_time=end)
+
+
+def _log_results(store: Store, run_id: str, results: Mapping[str, float]) -> None:
+    """The newest value of a name is the one that MLflow shows."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    store.client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in results.items()])
+
+
+def _log_model(store: Store, run_id: str, record: _Record) -> None:
+    """Names the weights that a training has left; they stay where DVC keeps them."""
+    from mlflow.entities import LoggedModelOutput
+
+    content, experiment = record.content, record.tags["experiment"]
+    if content["stage"] != "train" or None in (content.get("run"), content.get("seed")):
+        return
+    study = record.study if experiment == views.MAIN else f"{record.study}/{experiment}"
+    tags = {
+        "study": record.study,
+        "experiment": experiment,
+        "weights": str(Layout(study).student(content["run"], content["seed"]) / "model.safetensors"),
+        "fingerprint": content["fingerprint"],
+    }
+    name = f"{content['run']}-{content['seed']}"
+    model = store.client.create_logged_model(store.experiment, name, source_run_id=run_id, tags=tags)
+    store.client.finalize_logged_model(model.model_id, "READY")
+    store.client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    log_tags(store, run_id, {MODEL: model.model_id})
 
 
 def _read_records(
@@ -181,6 +235,7 @@ def _read_records(
         for study, of_study in locks.items()
     }
     records = []
+    accuracies: dict[Path, Accuracies] = {}
     for path in sorted(metrics.glob(f"{study}/**/run.json")):
         name_of_study, *place = path.parent.relative_to(metrics).parts
         content = run_record.read(path.parent, made_by=place[0] if place else "")
@@ -195,10 +250,20 @@ def _read_records(
             name: content[name]
             for name in ("dvc", "versions", "machine", "paths", "peak_memory_mb")
             if name in content
-        }
+        } | {"experiment": content.get("experiment", views.MAIN)}
         tags = {**flatten(details), **_lock_tags(stages.get(name_of_study, {}), path.resolve())}
+        tags[NOTE] = note(content)
         name = "-".join(place) or content["stage"]
-        records.append(_Record(name_of_study, name, content, _read_points(path.parent), tags))
+        points, results = _read_points(path.parent), {}
+        if content["stage"] == "train":
+            evaluate = metrics / name_of_study / "evaluate" / content.get("experiment", "")
+            if evaluate not in accuracies:
+                accuracies[evaluate] = read_accuracies(evaluate)
+            results = dict(accuracies[evaluate].get((str(content.get("run")), str(content.get("seed"))), {}))
+            results |= cost(
+                content, next((value for (key, _), value in points.items() if key == "steps"), None)
+            )
+        records.append(_Record(name_of_study, name, content, points, results, tags))
     return records
 
 

@@ -1,0 +1,241 @@
+"""`new`: a study of one's own images, and of one's own teacher."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image, UnidentifiedImageError
+
+from attention_transfer import config
+from attention_transfer.config import SHIFTS
+from attention_transfer.errors import StudyError
+from attention_transfer.files import atomic, sha256, write_text
+
+TRAIN, TEST = ("train", "training"), ("test", "val", "validation", "valid")
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+PATCHES = 8  # at most, along a side, of a teacher that is pre-trained here
+LARGEST = 64  # pixels of its images, unless asked for more: two cores are what a first try has
+LOOKED_AT = 50  # images whose size and colours say what all are like
+STEPS = 4600  # of pre-training, as many as the default study's
+RUNS = {
+    "scratch": "learning_rate: 0.0015",
+    "finetune": "learning_rate: 0.0045, layer_decay: 0.75",
+    "copy": "layers: all, learning_rate: 0.0015",
+    "distill": "layers: all, attention_loss: { weight: 3.0, reduction: sum }, learning_rate: 0.0135",
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies in a folder of images.
+
+    Attributes:
+        train, test: names of the splits.
+        counts: training images by class.
+        tested: number of test images.
+        channels: 1 where all images that were looked at are grey.
+        shorter: median of their shorter side, in pixels.
+    """
+
+    train: str
+    test: str
+    counts: Mapping[str, int]
+    tested: int
+    channels: int
+    shorter: int
+
+
+def write(name: str, images: Path, *, size: int | None, teacher: Path | None, heads: int | None) -> Path:
+    """Writes presets/<name>.yaml and studies/<name>/; gives the former.
+
+    Args:
+        images: folder of a folder for each split, of a folder for each class.
+        size: of the images in pixels; None for what fits them and a small machine.
+        teacher: safetensors of timm's VisionTransformer; None to pre-train one on the images.
+        heads: of the teacher; its weights do not tell.
+
+    Raises:
+        StudyError: there is such a study, the images or the weights cannot be used.
+    """
+    preset, folder = Path("presets") / f"{name}.yaml", Path("studies") / name
+    for path in (preset, folder):
+        if path.exists():
+            raise StudyError("is there already", where=str(path), remedy="choose another name, or remove it")
+    if not Path("dvc.yaml").exists():
+        raise StudyError("is not here", where="dvc.yaml", remedy="go to the folder of the repository")
+    found = look(images)
+    weights = None if teacher is None else _shape_of(teacher)
+    size = size or (_fitting(found) if weights is None else weights.size)
+    values = _values(name, images, found, size) | _teacher(teacher, weights, heads, size)
+    environment = Environment(
+        loader=PackageLoader("attention_transfer.commands"), undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
+    with atomic(preset) as temporary:
+        temporary.write_text(environment.get_template("study.yaml.j2").render(values), encoding="utf-8")
+        try:
+            config.load(temporary)  # an impossible size, say, is said before anything is there
+        except StudyError as error:
+            raise StudyError(error.problem, where=str(preset), remedy="choose another --size") from error
+    folder.mkdir(parents=True)
+    write_text(folder / "where.yaml", f"where:\n  root: ../..\n  params: {preset}\n")
+    for link, target in {"dvc.yaml": Path("dvc.yaml"), "params.yaml": preset}.items():
+        (folder / link).symlink_to(os.path.relpath(target, folder))
+    return preset
+
+
+def look(images: Path) -> Found:
+    """Which splits, classes and kind of images a folder has.
+
+    Raises:
+        StudyError: it has no two splits of the same classes, or holds no image that can be read.
+    """
+    layout = "<folder>/train/<class>/<image>.jpg and <folder>/test/<class>/<image>.jpg"
+    if not images.is_dir():
+        raise StudyError("is no folder", where=str(images), remedy=f"put the images there as {layout}")
+    splits = {path.name for path in images.iterdir() if path.is_dir()}
+    train, test = (next((name for name in names if name in splits), None) for names in (TRAIN, TEST))
+    if train is None or test is None:
+        raise StudyError(
+            f"has no {'training' if train is None else 'test'} images, only {sorted(splits) or 'nothing'}",
+            where=str(images),
+            remedy=f"put them there as {layout}",
+        )
+    files = {split: _by_class(images / split) for split in (train, test)}
+    if files[train].keys() != files[test].keys():
+        apart = sorted(files[train].keys() ^ files[test].keys())
+        raise StudyError(
+            f"its splits {train} and {test} have different classes: {', '.join(apart[:5])}",
+            where=str(images),
+            remedy="give both the same class folders, each with images",
+        )
+    if len(files[train]) < 2:
+        raise StudyError(
+            f"has {len(files[train])} classes with images, at least two are needed",
+            where=str(images / train),
+            remedy=f"put the images there as {layout}; images are {', '.join(ENDINGS)}",
+        )
+    every = [path for paths in files[train].values() for path in paths]
+    looked_at = [_kind(path) for path in random.Random(0).sample(every, min(LOOKED_AT, len(every)))]
+    return Found(
+        train,
+        test,
+        {name: len(paths) for name, paths in files[train].items()},
+        sum(map(len, files[test].values())),
+        channels=1 if all(grey for grey, _ in looked_at) else 3,
+        shorter=int(statistics.median(shorter for _, shorter in looked_at)),
+    )
+
+
+def _by_class(folder: Path) -> dict[str, list[Path]]:
+    found = {
+        path.name: sorted(file for file in path.rglob("*") if file.suffix.lower() in ENDINGS)
+        for path in sorted(folder.iterdir())
+        if path.is_dir()
+    }
+    return {name: files for name, files in found.items() if files}
+
+
+def _kind(path: Path) -> tuple[bool, int]:
+    try:
+        with Image.open(path) as image:
+            return image.mode in ("1", "L", "I;16"), min(image.size)
+    except (OSError, UnidentifiedImageError) as error:
+        raise StudyError(
+            f"cannot be read: {error}", where=str(path), remedy="replace or remove it"
+        ) from error
+
+
+def _values(name: str, images: Path, found: Found, size: int) -> dict[str, Any]:
+    count, classes = sum(found.counts.values()), len(found.counts)
+    validation = max(classes, min(3000, count // 5))
+    labelled = min(max(500, 10 * classes), count - validation)
+    batch = min(256, count)
+    epochs = max(2, round(STEPS / (count // batch)))
+    return {
+        "name": name,
+        "folder": str(images),
+        "train": found.train,
+        "test": found.test,
+        "channels": found.channels,
+        "images": f"{count:,}",
+        "classes": classes,
+        "validation": validation,
+        "labelled": labelled,
+        "size": size,
+        "batch": min(50, labelled),
+        "shift_images": min(400, found.tested),
+        "shifts": SHIFTS,
+        "runs": RUNS,
+        "budget_gb": 4.0,
+        "pretraining_epochs": epochs,
+        "pretraining_batch": batch,
+        "steps": f"{epochs * (count // batch):,}",
+    }
+
+
+def _fitting(found: Found) -> int:
+    """A size that has many divisors: no image is enlarged, as far as they are alike."""
+    return max(8, min(LARGEST, found.shorter // 4 * 4))
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the shapes of a teacher's weights tell.
+
+    Attributes:
+        shape: keys of `architecture`, without heads.
+        size: of the images that its position embedding is for, in pixels.
+    """
+
+    shape: Mapping[str, Any]
+    size: int
+
+
+def _teacher(path: Path | None, weights: Weights | None, heads: int | None, size: int) -> dict[str, Any]:
+    if path is None or weights is None:
+        patch_size = next(side for side in range(1, size + 1) if size % side == 0 and size // side <= PATCHES)
+        shape = {"patch_size": patch_size, "width": 96, "depth": 6, "heads": heads or 4, "mlp_ratio": 4.0}
+        return {"weights": None, "architecture": _flow(shape)}
+    if heads is None:
+        raise StudyError(
+            "does not tell how many heads its attention has", where=str(path), remedy="say it: --heads 12"
+        )
+    architecture = _flow({**weights.shape, "heads": heads})
+    return {"weights": str(path), "sha256": sha256(path), "architecture": architecture}
+
+
+def _shape_of(path: Path) -> Weights:
+    """Of timm's VisionTransformer with a class token.
+
+    Raises:
+        StudyError: the file holds no such weights.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        width, _, patch_size, _ = shapes["patch_embed.proj.weight"]
+        hidden, tokens = shapes["blocks.0.mlp.fc1.weight"][0], shapes["pos_embed"][1]
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise StudyError(
+            f"holds no weights of timm's VisionTransformer: {error}",
+            where=str(path),
+            remedy="save its state_dict with safetensors.torch.save_file",
+        ) from error
+    depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
+    shape = {"patch_size": patch_size, "width": width, "depth": depth, "mlp_ratio": hidden / width}
+    return Weights(shape, patch_size * math.isqrt(tokens - 1))
+
+
+def _flow(values: Mapping[str, Any]) -> str:
+    return f"{{ {', '.join(f'{key}: {value}' for key, value in values.items())} }}"
