@@ -228,6 +228,30 @@ CONTRASTS: tuple[Contrast, ...] = (
         "above",
         mean_of([difference(f"{{method}}_last_{n}", f"{{method}}_first_{n}") for n in range(1, DEPTH)]),
     ),
+    # Written after `layers` was run: at the rate chosen for all layers, few of them ended far below scratch.
+    Contrast(
+        "layers_rate/few",
+        "At the learning rate of scratch, distilling one or two layers is no worse than training from scratch.",
+        "direction only: any layer helps",
+        mean_of(
+            [difference(f"distill_{end}_{n}_rate", "scratch") for end in ("first", "last") for n in (1, 2)]
+        ),
+        "not below",
+    ),
+    Contrast(
+        "layers_rate/more",
+        "At the learning rate of scratch, the more layers are distilled, from the input on, the better.",
+        "direction only: more is better",
+        slope([*(f"distill_first_{n}_rate" for n in range(1, DEPTH)), "distill_rate"]),
+        "above",
+    ),
+    Contrast(
+        "layers_rate/near_output",
+        "At the learning rate of scratch, the last n layers, distilled, help more than the first n.",
+        "direction only: layers near the output matter more",
+        mean_of([difference(f"distill_last_{n}_rate", f"distill_first_{n}_rate") for n in range(1, DEPTH)]),
+        "above",
+    ),
     *_both(
         "heads/more",
         "The more heads of each layer are {word}, the better.",

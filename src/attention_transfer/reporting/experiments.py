@@ -19,6 +19,7 @@ from attention_transfer.reporting.tables import Table
 HEADINGS = {
     "qkv": "Queries, keys, values",
     "layers": "Which layers",
+    "layers_rate": "Which layers, at the learning rate of scratch",
     "heads": "How many heads",
     "averaging": "Averaged maps",
     "feature": "Features and predictions instead of attention",
