@@ -214,6 +214,8 @@ def test_the_command_leaves_nothing_behind(
         assert words in said
     assert "images are not there yet: 60000 for training" in said
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+    plan_command(monkeypatch, "--once")  # as `make study` does
+    assert (tmp_path / "runs" / "tiny" / "forecast.txt").read_text() == capsys.readouterr().out.rstrip("\n")
 
 
 def test_once_measures_nothing_where_students_have_been_trained(

@@ -142,6 +142,8 @@ def test_a_fresh_view_gets_every_record_once(
         "validation_accuracy": [(1, 0.1), (3, 0.3)],
         "parameters": [(3, 1000)],
         "epochs": [(3, 3)],
+        "seconds": [(0, 60.5)],
+        "peak_memory_mb": [(0, 512.0)],
     }
     assert [item.dataset.name for item in run.inputs.dataset_inputs] == ["split"]
     assert "run" not in runs["evaluate"].data.tags

@@ -88,7 +88,7 @@ def forecast(arguments: argparse.Namespace) -> None:
         study = study.with_used_teachers()
     from attention_transfer.commands import forecast
 
-    forecast.show(study, found, arguments.params, as_json=arguments.json)
+    forecast.show(study, found, arguments.params, as_json=arguments.json, keep=arguments.once)
 
 
 def detectable(arguments: argparse.Namespace) -> None:
@@ -254,7 +254,9 @@ def main() -> None:
     for name in ("plan", "status", "compare", "doctor"):
         commands.choices[name].add_argument("--json", action="store_true", help="for a program to read")
     commands.choices["plan"].add_argument(
-        "--once", action="store_true", help="nothing where students have been trained already"
+        "--once",
+        action="store_true",
+        help="nothing where students have been trained already; else kept for MLflow",
     )
     commands.choices["detectable"].add_argument(
         "--pilot", type=Path, default=Path("params.yaml"), help="a study that has run (default: params.yaml)"

@@ -30,11 +30,14 @@ OF_EXPERIMENTS = ("resolve", "train", "predict", "evaluate", "similarity")
 OF_DATA = ("data", "split", "cache")  # beside those, of an experiment with data of its own
 
 
-def show(study: Study, experiments: Mapping[str, Study], params_file: Path, *, as_json: bool) -> None:
+def show(
+    study: Study, experiments: Mapping[str, Study], params_file: Path, *, as_json: bool, keep: bool
+) -> None:
     """Measures, and prints the forecast as tables or as JSON.
 
     Args:
         experiments: those that extend the study, by name.
+        keep: whether to keep the tables for MLflow, which shows them with the study.
     """
     layout, device = Layout.of(study), machine.prepare()
     everything = _with_runs_of(study, experiments)
@@ -47,9 +50,8 @@ def show(study: Study, experiments: Mapping[str, Study], params_file: Path, *, a
     more = {name: of_experiment(each, measured) for name, each in experiments.items()}
     table = _experiments(experiments, found, more)
     text = _text(study, params_file, device, measured, found, experiments=table)
-    kept = layout.own / FORECAST
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    write_text(kept, text)  # MLflow shows it with the study
+    if keep:
+        write_text(layout.own / FORECAST, text)
     print(_json(study, device, measured, found, more) if as_json else text)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -55,7 +56,7 @@ def links(address: str, study: str, experiment: str = MAIN, mlflow_experiment: s
 
 def share_key(study: str, experiment: str, view: str) -> str:
     """What a view's link and its tag name it by."""
-    return "-".join((study, experiment, view)).replace("/", "-")
+    return re.sub(r"[^\w.-]", "-", "-".join((study, experiment, view)))  # what MLflow allows in a tag's name
 
 
 def _views(study: str, experiment: str) -> dict[str, tuple[str, dict[str, Any]]]:
