@@ -18,8 +18,8 @@ QUESTIONS_THE_RATE = {"full/layers_rate": 0.0015}  # this experiment asks what a
 
 @pytest.mark.parametrize("file", ["params.yaml", "presets/full.yaml"])
 def test_each_run_has_the_rate_and_weight_that_were_chosen_for_its_method(file: str) -> None:
-    studies = [config.load(ROOT / file), *config.experiments(ROOT / file).values()]
-    for study, name, run in [(study, *item) for study in studies for item in study.runs.items()]:
+    configs = [config.load(ROOT / file), *config.experiments(ROOT / file).values()]
+    for study, name, run in [(one, *item) for one in configs for item in one.runs.items()]:
         found = CHOSEN[CHOSEN["method"] == run.method]
         if run.method in config.COPIES_ATTENTION:
             found = found[found["transfer"] == run.transfer]

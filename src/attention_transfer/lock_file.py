@@ -57,23 +57,20 @@ def mend(study: str) -> int:
     if _at_work():
         return 0
     _forget_damaged_locks()
+    found = _stages(lock) if lock.exists() else {}
     if not copy.exists():
-        if lock.exists() and _stages(lock) is None:
-            raise StudyError(
-                "is damaged",
-                where=str(lock),
-                remedy=_DAMAGED,
-            )
+        if found is None or _cut(lock, copy, found):
+            raise StudyError("is damaged", where=str(lock), remedy=_DAMAGED)
         return 0
-    kept, found = _stages(copy) or {}, _stages(lock) if lock.exists() else {}
+    kept = _stages(copy) or {}
     if found is None:
         write_text(lock, copy.read_text(encoding="utf-8"))
         return len(kept)
-    if lost := kept.keys() - found.keys():
-        # The last entry that is there may be cut as well: what was kept counts.
-        whole = {"schema": "2.0", "stages": {**found, **kept}}
-        write_text(lock, yaml.safe_dump(whole, sort_keys=False))
-    return len(lost)
+    cut = _cut(lock, copy, found)
+    if missing := cut | (kept.keys() - found.keys()):
+        whole = {**kept, **{name: entry for name, entry in found.items() if name not in cut}}
+        write_text(lock, yaml.safe_dump({"schema": "2.0", "stages": whole}, sort_keys=False))
+    return len(missing)
 
 
 def outputs(lock: Path, stage: str) -> list[str]:
@@ -146,6 +143,27 @@ def _forget_damaged_locks() -> None:
 def _root() -> Path:
     """The repository, also when a stage of an experiment runs in a copy of it."""
     return Path(os.environ.get("DVC_ROOT", "."))
+
+
+def _cut(lock: Path, copy: Path, stages: dict[str, Any]) -> set[str]:
+    """The last entry, if it is not all there as far as that can be told; none else.
+
+    An entry that stops between two lines may be one that DVC accepts: it is known by what was kept of it.
+    """
+    if not stages:
+        return set()
+    import voluptuous  # type: ignore[import-untyped]
+    from dvc.schema import COMPILED_LOCK_FILE_STAGE_SCHEMA
+
+    name = next(reversed(stages))
+    entry = stages[name]
+    try:
+        COMPILED_LOCK_FILE_STAGE_SCHEMA(entry)
+    except voluptuous.Invalid:
+        return {name}
+    begins, was = f"\n  {name}:\n", copy.read_text(encoding="utf-8") if copy.exists() else ""
+    there, kept = (text.partition(begins)[2] for text in (lock.read_text(encoding="utf-8"), was))
+    return set() if there.endswith("\n") and (there == kept or not kept.startswith(there)) else {name}
 
 
 def _names(text: str) -> set[str]:
