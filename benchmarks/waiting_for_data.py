@@ -25,6 +25,7 @@ from attention_transfer import config, plan
 from attention_transfer.data import views
 from attention_transfer.data.labelled import LabelledViews
 from attention_transfer.data.mixing import Mixing
+from attention_transfer.data.rendering import views_of
 from attention_transfer.models import students, vit
 from attention_transfer.training.machine import prepare
 from attention_transfer.training.optimisation import optimiser
@@ -54,14 +55,12 @@ class Data:
             for classes in (0, CLASSES)
         )
         moments = [0.5] * data.channels
+        recipe = views.ViewRecipe.of(study.views, dataset="random", seed=data.seed, mean=moments, std=moments)
         self.images = LabelledViews(
-            recipe=views.ViewRecipe.of(
-                study.views, dataset="random", seed=data.seed, mean=moments, std=moments
-            ),
+            single=views_of(recipe, pixels, examples),
             mixing=Mixing.of(
                 study.views, dataset="random", examples=examples, seed=data.seed, size=data.image_size
             ),
-            pixels=pixels,
             labels=random.integers(CLASSES, size=data.labelled),
             examples=examples,
             classes=CLASSES,

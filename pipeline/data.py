@@ -18,7 +18,7 @@ def main(this: Stage) -> None:
         images.save(this.layout.images, data.source, classes, splits)
         return {f"{split}_images": len(part) for split, part in splits.items()} | {"classes": len(classes)}
 
-    keys = ("source", "folder", "train_split", "test_split", "image_size", "channels")
+    keys = ("source", "folder", "train_split", "test_split", "resize", "image_size", "channels")
     this.run(params={f"data.{key}": getattr(data, key) for key in keys}, inputs={}, work=work, live=False)
 
 

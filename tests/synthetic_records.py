@@ -44,6 +44,7 @@ def study(
             "folder": "data",
             "train_split": "train",
             "test_split": "test",
+            "resize": 28,
             "image_size": 28,
             "channels": 1,
             "labelled": 1000,

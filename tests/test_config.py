@@ -23,7 +23,8 @@ from attention_transfer.errors import StudyError
 
 ROOT = Path(__file__).parents[1]
 STUDIES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
-LEFT_OUT = {"components", "images"}  # keys that a study need not have: none, or the task's
+# Keys that a study need not have: no components, the task's images, no RandAugment, the mean colour.
+LEFT_OUT = {"components", "images", "rand_augment", "erase_with"}
 NAMED = (
     "teachers",
     "finetuned_teachers",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from scipy import stats
 from attention_transfer.data import views
 from attention_transfer.data.labelled import LabelledViews
 from attention_transfer.data.mixing import Mixing, draw
+from attention_transfer.data.rendering import Render, views_of
 from attention_transfer.training.batches import order, paired
 
 SIZE, CLASSES = 12, 4
@@ -28,17 +30,24 @@ class Params:
     crop_ratio: tuple[float, float] = (0.75, 1.3333)
     flip: float = 0.5
     erase: float = 0.0
+    erase_with: Literal["mean", "noise"] = "mean"
+    rand_augment: str | None = None
     mixup: float = 0.8
     cutmix: float = 1.0
+
+
+def single(params: Params, pixels: np.ndarray, seed: int = 0, dataset: str = "d") -> Render:
+    recipe = views.ViewRecipe.of(params, dataset=dataset, seed=seed, mean=[0.4], std=[0.3])
+    return views_of(recipe, pixels, np.arange(len(pixels)) * 3)
 
 
 def images(params: Params = Params(), count: int = 21, seed: int = 0, dataset: str = "d") -> LabelledViews:
     random = np.random.default_rng(0)
     examples = np.arange(count) * 3
+    pixels = random.integers(0, 256, (count, 1, SIZE, SIZE), dtype=np.uint8)
     return LabelledViews(
-        recipe=views.ViewRecipe.of(params, dataset=dataset, seed=seed, mean=[0.4], std=[0.3]),
+        single=single(params, pixels, seed, dataset),
         mixing=Mixing.of(params, dataset=dataset, examples=examples, seed=seed, size=SIZE),
-        pixels=random.integers(0, 256, (count, 1, SIZE, SIZE), dtype=np.uint8),
         labels=random.integers(0, CLASSES, count),
         examples=examples,
         classes=CLASSES,
@@ -84,7 +93,7 @@ def test_pairs_are_mixed_as_timm_mixes_them(params: Params, monkeypatch: pytest.
     mix = draw(the.mixing, 3)
     leaders = np.flatnonzero(np.arange(20) < mix.partners)
     arranged = np.concatenate([leaders, mix.partners[leaders][::-1]])  # i is mixed with the i-th from the end
-    single = views.render(the.recipe, the.pixels[arranged], the.examples[arranged], 3)
+    single = the.single(arranged, 3)
     boxes, shares = mix.boxes[leaders], mix.shares[leaders]
     cuts = (boxes[:, 1] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 2])
     given_boxes = iter([box for box, cut in zip(boxes.tolist(), cuts, strict=True) if cut])
@@ -105,12 +114,13 @@ def test_pairs_are_mixed_as_timm_mixes_them(params: Params, monkeypatch: pytest.
 @parameters
 def test_the_share_of_a_label_is_that_of_the_image(params: Params) -> None:
     """White images mixed with black ones: the mean brightness is the white label's share."""
-    the = images(replace(params, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0)), count=40)
+    params = replace(params, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
+    the = images(params, count=40)
     assert the.mixing is not None
     partners = draw(the.mixing, 0).partners
     white = np.arange(40) < partners
     pixels = np.where(white[:, None, None, None], 255, 0) * np.ones((40, 1, SIZE, SIZE))
-    the = replace(the, pixels=pixels.astype(np.uint8), labels=white.astype(np.int64))
+    the = replace(the, single=single(params, pixels.astype(np.uint8)), labels=white.astype(np.int64))
     brightness = the.render(np.arange(40), 0) * 0.3 + 0.4
     torch.testing.assert_close(
         brightness.mean(dim=(1, 2, 3)), the.targets(np.arange(40), 0)[:, 1], atol=1e-5, rtol=1e-5
@@ -153,7 +163,7 @@ def test_without_mixing_a_view_is_the_single_one_and_a_target_its_label() -> Non
     the, rows = images(Params(mixup=0.0, cutmix=0.0)), np.array([4, 0, 9])
     assert the.mixing is None
     assert the.partners(3) is None
-    assert torch.equal(the.render(rows, 3), views.render(the.recipe, the.pixels[rows], the.examples[rows], 3))
+    assert torch.equal(the.render(rows, 3), the.single(rows, 3))
     assert the.targets(rows, 3).tolist() == the.labels[rows].tolist()
 
 
@@ -162,7 +172,7 @@ def test_an_image_without_a_partner_stays_itself() -> None:
     partners = the.partners(2)
     assert partners is not None
     (alone,) = np.flatnonzero(partners == np.arange(21))
-    single = views.render(the.recipe, the.pixels[[alone]], the.examples[[alone]], 2)
+    single = the.single(np.array([alone]), 2)
     torch.testing.assert_close(the.render(np.array([alone]), 2), single, atol=1e-6, rtol=1e-6)
     assert the.targets(np.array([alone]), 2)[0, the.labels[alone]].item() == pytest.approx(1.0)
 

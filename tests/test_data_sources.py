@@ -45,7 +45,8 @@ def data(folder: Path, **changes: Any) -> Data:
         "validation": 10,
         "seed": 0,
     }
-    return Data(**{**values, **changes})
+    values |= changes
+    return Data(**{"resize": values["image_size"], **values})
 
 
 # Fashion-MNIST

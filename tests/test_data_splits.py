@@ -23,6 +23,7 @@ def data(**changes: Any) -> Data:
         "folder": "data",
         "train_split": "train",
         "test_split": "test",
+        "resize": 28,
         "image_size": 28,
         "channels": 1,
         "labelled": 100,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -26,6 +27,8 @@ class Params:
     crop_ratio: tuple[float, float] = (0.75, 1.3333)
     flip: float = 0.5
     erase: float = 0.5
+    erase_with: Literal["mean", "noise"] = "mean"
+    rand_augment: str | None = None
 
 
 WHOLE = Params(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), flip=0.0, erase=0.0)

@@ -162,7 +162,7 @@ ONLY_IN = {
     "vl_convert": ("reporting.scripts",),
     "yaml": ("graph_file", "lock_file", "params_yaml", "tracking.sync"),  # all but the third read DVC's files
     "pydantic": ("config", "config_errors", "config_runs", "config_teachers", "config_values"),
-    "timm": ("assembly", "data.sources", "models", "training"),
+    "timm": ("assembly", "data.decoding", "data.sources", "models", "training"),
     "torchvision": ("data.sources",),
 }
 

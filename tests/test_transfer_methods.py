@@ -534,6 +534,8 @@ CHANGES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("views.crop_ratio", (0.5, 2.0), ("scratch",)),
     ("views.flip", 0.0, ("scratch",)),
     ("views.erase", 0.9, ("scratch",)),
+    ("views.erase_with", "noise", ("scratch",)),
+    ("views.rand_augment", "rand-m9-n2", ("scratch",)),
     ("views.mixup", 0.8, EVERY),
     ("views.cutmix", 1.0, ("scratch", "copy")),
     ("attention.dtype", "float32", TRANSFER),
@@ -606,8 +608,11 @@ def test_training_twice_gives_the_same_weights(name: str, train: Train) -> None:
     ],
 )
 def test_every_key_changes_the_trained_weights(name: str, key: str, value: Any, train: Train) -> None:
-    beside = {"runs.run.layers": (0, 1)} if key.endswith("heads_per_layer") else {}  # what `all` means here
-    assert differ(train(name), train(name, {**beside, key: value}))
+    beside = {
+        "runs.run.heads_per_layer": {"runs.run.layers": (0, 1)},  # what `all` means here
+        "views.erase_with": {"views.erase": 0.9},
+    }.get(key, {})
+    assert differ(train(name, beside), train(name, {**beside, key: value}))
 
 
 def test_every_method_trains_other_weights(train: Train) -> None:

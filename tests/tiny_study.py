@@ -38,7 +38,7 @@ _PARAMS: dict[str, Any] = {
     "experiments": (),
     "data": {
         "source": "fashion-mnist", "folder": "data", "train_split": "train", "test_split": "test",
-        "image_size": 8, "channels": 1, "labelled": 24, "validation": 9, "seed": 0,
+        "resize": 8, "image_size": 8, "channels": 1, "labelled": 24, "validation": 9, "seed": 0,
     },
     "views": {"per_image": 2, "crop_scale": (0.5, 1.0), "crop_ratio": (0.8, 1.25), "flip": 0.5, "erase": 0.0,
         "mixup": 0.0, "cutmix": 0.0,

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from attention_transfer.config import Architecture, Study
-from attention_transfer.data import images, mixing, shifted, splits, views
+from attention_transfer.data import images, mixing, rendering, shifted, splits, views
+from attention_transfer.data.file_pixels import FilePixels
 from attention_transfer.data.labelled import LabelledViews
 from attention_transfer.files import read_sealed, sha256
 from attention_transfer.layout import Layout
@@ -61,15 +62,16 @@ class Parts:
 
     def renderer(self, examples: np.ndarray, params: views.ViewParams) -> Callable[[np.ndarray, int], Tensor]:
         """Gives normalised views of the training images with these numbers, by row and view number."""
-        recipe, pixels = self.view_recipe(params), self.train.images[examples]
-        return lambda rows, view: views.render(recipe, pixels[rows], examples[rows], view).to(self.device)
+        render = rendering.views_of(self.view_recipe(params), self.train.take(examples).images, examples)
+        return lambda rows, view: render(rows, view).to(self.device)
 
     @functools.cached_property
     def labelled(self) -> LabelledViews:
         """The labelled images in the views that students see."""
         examples, data = self.split("labelled"), self.study.data
+        chosen = self.train.take(examples)
         return LabelledViews(
-            recipe=self.view_recipe(self.study.views),
+            single=rendering.views_of(self.view_recipe(self.study.views), chosen.images, examples),
             mixing=mixing.Mixing.of(
                 self.study.views,
                 dataset=self.description.fingerprint,
@@ -77,14 +79,13 @@ class Parts:
                 seed=data.seed,
                 size=data.image_size,
             ),
-            pixels=self.train.images[examples],
-            labels=self.train.labels[examples],
+            labels=chosen.labels,
             examples=examples,
             classes=self.classes,
             device=self.device,
         )
 
-    def clean(self, pixels: np.ndarray) -> Callable[[np.ndarray], Tensor]:
+    def clean(self, pixels: np.ndarray | FilePixels) -> Callable[[np.ndarray], Tensor]:
         """Gives normalised images, without augmentation, by row."""
         recipe = self.view_recipe(self.study.views)
         return lambda rows: views.normalise(recipe, pixels[rows]).to(self.device)
@@ -93,7 +94,7 @@ class Parts:
         """An image set to predict on, and its images' numbers: validation, test, or a shifted set."""
         if name == "validation":
             indices = self.split("validation")
-            return images.ImageSet(self.train.images[indices], self.train.labels[indices]), indices
+            return self.train.take(indices), indices
         if name == "test":
             return self.test, np.arange(len(self.test))
         return shifted.load(self.layout.shifts, name)
@@ -159,7 +160,7 @@ class Parts:
         }
         if which == "views":
             mixed = self.labelled.mixing
-            return {**recipe, "views": asdict(views_recipe), "mixing": mixed and asdict(mixed)}
+            return {**recipe, "views": views_recipe.record(), "mixing": mixed and asdict(mixed)}
         return {**recipe, "mean": list(views_recipe.mean), "std": list(views_recipe.std)}
 
     def attention_source(self, teacher: str) -> Literal["cache", "online"]:

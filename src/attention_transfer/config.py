@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, StringConstraints, ValidationError, model_validator
 
 from attention_transfer import params_yaml
 from attention_transfer.config_errors import explain, nearest
@@ -100,15 +100,19 @@ class Data(Section):
     """Which images, and how they are split."""
 
     source: str
-    """`fashion-mnist`, `digits`, or any name that `timm.data.create_dataset` opens as a map-style data set."""
+    """`fashion-mnist`, `digits`; `files`: class folders, or tars of them, too many to hold in memory, decoded whenever
+    an image is shown; or any name that `timm.data.create_dataset` opens as a map-style data set, decoded once."""
     folder: str
     """Where the files lie; a download goes there too. Digits, those of scikit-learn, come with it."""
     train_split: str
     """Split from which labelled, validation and pre-training images are drawn."""
     test_split: str
     """Split that nothing but the evaluation reads."""
+    resize: Positive
+    """Shorter side to which images are resized before the centre is cut out, in pixels; those of `files` are cropped at
+    their own resolution in training."""
     image_size: Positive
-    """Side of the square images, in pixels; other sizes are resized and centre-cropped."""
+    """Side of the square that is shown, in pixels."""
     channels: Literal[1, 3]
     """Grey or RGB; images of the other kind are converted."""
     labelled: Positive
@@ -119,12 +123,23 @@ class Data(Section):
     """Draw of the splits, and of the training views."""
 
     @model_validator(mode="after")
+    def _centre_is_inside(self) -> Self:
+        if self.resize < self.image_size:
+            raise ValueError(f"resize: {self.resize} is smaller than image_size, {self.image_size}")
+        if self.source == "digits" and self.resize != self.image_size:
+            raise ValueError("resize: must be image_size for digits, which are not cropped")
+        return self
+
+    @model_validator(mode="after")
     def _two_splits(self) -> Self:
         if self.train_split == self.test_split:
             raise ValueError(f"test_split: {self.test_split!r} is the training split too")
         if self.source in BUILT_IN and (self.train_split, self.test_split) != ("train", "test"):
             raise ValueError(f"train_split, test_split: those of {self.source} are called train and test")
         return self
+
+
+RAND_AUGMENT = r"^rand(-(m[0-9]+|n[0-9]+|mstd[0-9]+(\.[0-9]+)?|mmax[0-9]+|inc[01]|p[01](\.[0-9]+)?))*$"
 
 
 class Views(Section):
@@ -139,7 +154,11 @@ class Views(Section):
     flip: Probability
     """Probability of a horizontal flip."""
     erase: Probability
-    """Probability that a rectangle is replaced by the mean colour."""
+    """Probability that a rectangle is replaced."""
+    erase_with: Literal["mean", "noise"] = "mean"
+    """By what: the mean colour, or normal noise in every value (timm's mode `pixel`)."""
+    rand_augment: Annotated[str, StringConstraints(pattern=RAND_AUGMENT)] | None = None
+    """RandAugment between crop and erasing, as timm writes it: `rand-m9-mstd0.5-inc1`; None: not at all."""
     mixup: Annotated[float, Field(ge=0, le=100)]
     """Parameter of the Beta distribution by which two images of a view are blended; 0: never."""
     cutmix: Annotated[float, Field(ge=0, le=100)]
@@ -573,7 +592,7 @@ def _extended(path: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 def _same_images(path: Path, values: dict[str, Any], base_path: Path, base: dict[str, Any]) -> None:
     """An experiment with data of its own takes the study's teachers, and none of its other images."""
-    for key in ("image_size", "channels"):
+    for key in ("resize", "image_size", "channels"):
         if values["data"][key] != base["data"][key]:
             raise StudyError(
                 f"data.{key}: {values['data'][key]!r} is not the {base['data'][key]} that the teachers of {base_path} "

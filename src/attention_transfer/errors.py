@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from typing import Any
 
 
 class StudyError(Exception):
@@ -17,6 +19,10 @@ class StudyError(Exception):
     def __init__(self, problem: str, *, where: str, remedy: str) -> None:
         self.problem, self.where, self.remedy = problem, where, remedy
         super().__init__(f"{where}: {problem}\n  What to do: {remedy}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How it comes back from another process."""
+        return functools.partial(StudyError, where=self.where, remedy=self.remedy), (self.problem,)
 
 
 def repro(stage: str, *, again: bool = False, graph: str | None = None) -> str:

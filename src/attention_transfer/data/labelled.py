@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attention_transfer.data import mixing, views
+from attention_transfer.data import mixing
+from attention_transfer.data.rendering import Render
 
 
 @dataclass(frozen=True)
@@ -16,18 +17,16 @@ class LabelledViews:
     """Views of a fixed set of images, by row of the set and view number.
 
     Attributes:
-        recipe: of a single view.
+        single: gives views of single images.
         mixing: how two of them become one; None for not at all.
-        pixels: uint8 (count, channels, size, size).
         labels: int64 (count,).
         examples: int64 (count,), the images' numbers in their data set.
         classes: number of classes.
         device: where batches go.
     """
 
-    recipe: views.ViewRecipe
+    single: Render
     mixing: mixing.Mixing | None
-    pixels: np.ndarray
     labels: np.ndarray
     examples: np.ndarray
     classes: int
@@ -43,11 +42,11 @@ class LabelledViews:
     def render(self, rows: np.ndarray, view: int) -> Tensor:
         """Normalised views (batch, channels, size, size); each single view is rendered once."""
         if self.mixing is None:
-            return self._single(rows, view).to(self.device)
+            return self.single(rows, view).to(self.device)
         mix = mixing.draw(self.mixing, view)
         needed, places = np.unique(np.concatenate([rows, mix.partners[rows]]), return_inverse=True)
-        single = self._single(needed, view)
-        own, other = single[places[: len(rows)]], single[places[len(rows) :]]
+        rendered = self.single(needed, view)
+        own, other = rendered[places[: len(rows)]], rendered[places[len(rows) :]]
         return mixing.mix(mix, rows, own, other).to(self.device)
 
     def targets(self, rows: np.ndarray, view: int) -> Tensor:
@@ -60,6 +59,3 @@ class LabelledViews:
         shares = torch.from_numpy(mix.shares[rows])[:, None]
         mixed = torch.zeros(len(rows), self.classes).scatter_add_(1, own[:, None], shares)
         return mixed.scatter_add_(1, other[:, None], 1 - shares).to(self.device)
-
-    def _single(self, rows: np.ndarray, view: int) -> Tensor:
-        return views.render(self.recipe, self.pixels[rows], self.examples[rows], view)

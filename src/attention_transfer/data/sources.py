@@ -1,4 +1,4 @@
-"""Where the images come from: Fashion-MNIST, scikit-learn's digits, or whatever timm.data.create_dataset opens."""
+"""Where the images come from: Fashion-MNIST, scikit-learn's digits, files, or what timm.data.create_dataset opens."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from attention_transfer.config import Data
+from attention_transfer.data import image_files
+from attention_transfer.data.file_pixels import FilePixels
+from attention_transfer.data.image_files import Shape
 from attention_transfer.data.images import ImageSet
 from attention_transfer.errors import StudyError
 
@@ -55,6 +58,8 @@ def read(data: Data) -> tuple[list[str], dict[str, ImageSet]]:
         }
     if data.source == "digits":
         return [str(digit) for digit in range(10)], _digits(data)
+    if data.source == "files":
+        return _in_files(data)
     sets = {"train": _from_timm(data, data.train_split), "test": _from_timm(data, data.test_split)}
     (names, train), (test_names, test) = sets["train"], sets["test"]
     if names != test_names:
@@ -63,6 +68,8 @@ def read(data: Data) -> tuple[list[str], dict[str, ImageSet]]:
             where=f"data.source {data.source} in {data.folder}",
             remedy="give both splits the same class folders",
         )
+    assert isinstance(train.images, np.ndarray)
+    assert isinstance(test.images, np.ndarray)
     if np.array_equal(train.images, test.images):
         raise StudyError(
             f"its splits {data.train_split!r} and {data.test_split!r} hold the same images",
@@ -70,6 +77,26 @@ def read(data: Data) -> tuple[list[str], dict[str, ImageSet]]:
             remedy="correct data.train_split, data.test_split: timm takes a name it does not know for another",
         )
     return names, {"train": train, "test": test}
+
+
+def _in_files(data: Data) -> tuple[list[str], dict[str, ImageSet]]:
+    """Indexes both splits, each a folder or a tar of class folders; the images stay there."""
+    form = Shape(data.channels, data.resize, data.image_size)
+    classes: list[str] | None = None
+    sets = {}
+    for name, split in (("train", data.train_split), ("test", data.test_split)):
+        folder = Path(data.folder) / split
+        root = next((path for path in (folder, folder.with_name(f"{split}.tar")) if path.exists()), None)
+        if root is None:
+            raise StudyError(
+                f"has neither a folder {split!r} nor a file {split}.tar with the images of this split",
+                where=f"data.folder {data.folder}",
+                remedy="name what is there in data.train_split and data.test_split",
+            )
+        classes, labels, files = image_files.index(root, classes=classes, progress=f"index {split}")
+        sets[name] = ImageSet(FilePixels(files, np.arange(len(files)), form), labels)
+    assert classes is not None
+    return classes, sets
 
 
 def _fashion_mnist(folder: Path, prefix: str) -> ImageSet:
@@ -135,13 +162,17 @@ def _download(folder: Path) -> None:
 def _fit(images: ImageSet, data: Data) -> ImageSet:
     """Fashion-MNIST in another size or with three channels, if params.yaml asks for that."""
     pixels = images.images
-    if data.image_size != pixels.shape[-1]:
+    assert isinstance(pixels, np.ndarray)
+    if data.resize != pixels.shape[-1]:
         import torch
 
         resized = torch.nn.functional.interpolate(
-            torch.from_numpy(pixels.copy()), size=data.image_size, mode="bilinear", antialias=True
+            torch.from_numpy(pixels.copy()), size=data.resize, mode="bilinear", antialias=True
         )
         pixels = resized.numpy()
+    if data.image_size != data.resize:
+        edge = round((data.resize - data.image_size) / 2.0)
+        pixels = pixels[..., edge : edge + data.image_size, edge : edge + data.image_size]
     if data.channels == 3:
         pixels = np.repeat(pixels, 3, axis=1)
     return ImageSet(pixels, images.labels)
@@ -161,7 +192,7 @@ def _digits(data: Data) -> dict[str, ImageSet]:
 
 
 def _from_timm(data: Data, split: str) -> tuple[list[str], ImageSet]:
-    """Decodes every image once: shorter side to `image_size`, then the centre."""
+    """Decodes every image once: shorter side to `resize`, then the centre."""
     from timm.data import create_dataset
     from torch.utils.data import IterableDataset
     from torchvision import transforms
@@ -191,7 +222,7 @@ def _from_timm(data: Data, split: str) -> tuple[list[str], ImageSet]:
             remedy="bring it as a folder of images, or as another map-style data set",
         )
     mode = "L" if data.channels == 1 else "RGB"
-    shape = transforms.Compose([transforms.Resize(data.image_size), transforms.CenterCrop(data.image_size)])
+    shape = transforms.Compose([transforms.Resize(data.resize), transforms.CenterCrop(data.image_size)])
     pixels = np.empty((len(dataset), data.channels, data.image_size, data.image_size), np.uint8)
     labels = np.empty(len(dataset), np.int64)
     for index in tqdm(range(len(dataset)), desc=f"decode {split}", unit="image", mininterval=5):

@@ -9,8 +9,8 @@ generator per image.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ CLEAN = -1
 
 _ERASED_AREA = (0.02, 0.33)  # share of the image; Zhong et al. 2020, the defaults of torchvision and timm
 _ERASED_RATIO = (0.3, 3.3)
+# Where each use of a view's stream of random numbers begins, so that no two take the same ones.
+SKIPPED = {"crop": 0, "rectangle": 5, "picture": 16, "noise": 2**32}
 
 
 class ViewParams(Protocol):
@@ -35,6 +37,10 @@ class ViewParams(Protocol):
     def flip(self) -> float: ...
     @property
     def erase(self) -> float: ...
+    @property
+    def erase_with(self) -> Literal["mean", "noise"]: ...
+    @property
+    def rand_augment(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class PretrainingViews:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     erase: float = 0.0
+    erase_with: Literal["mean", "noise"] = "mean"
+    rand_augment: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,15 @@ class ViewRecipe:
     crop_ratio: tuple[float, float]
     flip: float
     erase: float
+    erase_with: Literal["mean", "noise"]
+    rand_augment: str | None
+
+    def record(self) -> dict[str, object]:
+        """As a JSON-like value; what a study does not ask for is left out, and moves nothing."""
+        neutral = {"erase_with": "mean", "rand_augment": None}
+        return {
+            key: value for key, value in asdict(self).items() if key not in neutral or value != neutral[key]
+        }
 
     @classmethod
     def of(
@@ -78,16 +95,30 @@ class ViewRecipe:
             crop_ratio=params.crop_ratio,
             flip=params.flip,
             erase=params.erase,
+            erase_with=params.erase_with,
+            rand_augment=params.rand_augment,
         )
 
 
-def uniforms(key: int, examples: np.ndarray, views: np.ndarray | int, count: int) -> np.ndarray:
-    """`count` numbers in [0, 1) for each (example, view): float32 (batch, count)."""
+def uniforms(
+    key: int, examples: np.ndarray, views: np.ndarray | int, count: int, *, skip: int = 0
+) -> np.ndarray:
+    """`count` numbers in [0, 1) for each (example, view), behind the first `skip`: float32 (batch, count)."""
+    counters = np.arange(skip + 1, skip + count + 1, dtype=np.uint64)
+    return _uniforms(_states(key, examples, views)[:, None], counters)
+
+
+def _states(key: int, examples: np.ndarray, views: np.ndarray | int) -> np.ndarray:
+    """Where each (example, view) begins to count: uint64 (batch,)."""
     with np.errstate(over="ignore"):
         state = _mix(np.uint64(key) + _mix(np.asarray(examples).astype(np.uint64)))
-        state = _mix(state ^ _mix(np.asarray(views).astype(np.uint64) + np.uint64(0x5851F42D4C957F2D)))
-        counters = state[:, None] + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return (_mix(counters) >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+        return _mix(state ^ _mix(np.asarray(views).astype(np.uint64) + np.uint64(0x5851F42D4C957F2D)))
+
+
+def _uniforms(states: np.ndarray, counters: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        counted = states + counters * np.uint64(0x9E3779B97F4A7C15)
+    return (_mix(counted) >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
 
 
 def _mix(value: np.ndarray) -> np.ndarray:
@@ -116,17 +147,17 @@ def render(recipe: ViewRecipe, images: np.ndarray, examples: np.ndarray, views: 
         return pixels
     if np.any(views < 0):
         raise ValueError("clean and augmented views cannot be rendered in one batch")
-    random = torch.from_numpy(uniforms(recipe.key, examples, views, 10))
-    pixels = _crop_and_flip(recipe, pixels, random[:, :5])
-    return _erase(recipe, pixels, random[:, 5:]) if recipe.erase > 0 else pixels
+    random = torch.from_numpy(uniforms(recipe.key, examples, views, 5))
+    return erase(recipe, _crop_and_flip(recipe, pixels, random), examples, views)
 
 
-def normalise(recipe: ViewRecipe, images: np.ndarray) -> Tensor:
+def normalise(recipe: ViewRecipe, images: np.ndarray | Tensor) -> Tensor:
     """uint8 pixels to float32 with zero mean and unit deviation over the training images."""
     shape = (1, -1, 1, 1)
     mean = torch.tensor(recipe.mean).view(shape) * 255
     std = torch.tensor(recipe.std).view(shape) * 255
-    return (torch.from_numpy(np.ascontiguousarray(images)).float() - mean) / std
+    pixels = images if isinstance(images, Tensor) else torch.from_numpy(np.ascontiguousarray(images))
+    return (pixels.float() - mean) / std
 
 
 def _crop_and_flip(recipe: ViewRecipe, pixels: Tensor, random: Tensor) -> Tensor:
@@ -149,8 +180,19 @@ def _crop_and_flip(recipe: ViewRecipe, pixels: Tensor, random: Tensor) -> Tensor
     return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
 
 
-def _erase(recipe: ViewRecipe, pixels: Tensor, random: Tensor) -> Tensor:
-    """Random erasing: with probability `erase` one rectangle becomes the mean colour, which is 0 here."""
+def erase(recipe: ViewRecipe, pixels: Tensor, examples: np.ndarray, views: np.ndarray | int) -> Tensor:
+    """Random erasing (Zhong et al. 2020): with probability `erase` one rectangle of a view is replaced.
+
+    Args:
+        pixels: normalised views, (batch, channels, size, size).
+
+    Returns:
+        The same with the mean colour, which is 0 here, in the rectangle; or with normal noise in each value of it, as
+        timm's mode `pixel`, which He et al. (2022) fine-tune with.
+    """
+    if recipe.erase == 0:
+        return pixels
+    random = torch.from_numpy(uniforms(recipe.key, examples, views, 5, skip=SKIPPED["rectangle"]))
     happens, area, ratio, across, down = random.unbind(1)
     low, high = _ERASED_AREA
     area = low + area * (high - low)
@@ -164,4 +206,18 @@ def _erase(recipe: ViewRecipe, pixels: Tensor, random: Tensor) -> Tensor:
 
     columns, rows = inside(across * (1 - width), width), inside(down * (1 - height), height)
     erased = rows[:, :, None] & columns[:, None, :] & (happens < recipe.erase)[:, None, None]
-    return pixels.masked_fill(erased[:, None], 0.0)
+    if recipe.erase_with == "mean":
+        return pixels.masked_fill(erased[:, None], 0.0)
+    everywhere = erased[:, None].expand(pixels.shape)
+    return pixels.masked_scatter(everywhere, _noise(recipe.key, everywhere, examples, views))
+
+
+def _noise(key: int, where: Tensor, examples: np.ndarray, views: np.ndarray | int) -> Tensor:
+    """A normal number for each chosen value, of (image, view, place in it) alone (Box & Muller 1958)."""
+    rows, places = np.divmod(np.flatnonzero(where.numpy()), where[0].numel())
+    states = np.broadcast_to(_states(key, examples, views), examples.shape)[rows]
+    counters = np.uint64(SKIPPED["noise"]) + np.uint64(2) * places.astype(np.uint64)
+    radius = np.sqrt(-2 * np.log1p(-_uniforms(states, counters)))
+    return torch.from_numpy(
+        radius * np.cos(np.float32(2 * np.pi) * _uniforms(states, counters + np.uint64(1)))
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -129,7 +129,7 @@ def recipe(parts: Parts, teacher: str, which: CachedSet) -> dict[str, Any]:
     except StudyError:
         study, digest = parts.study, "0" * 64
         numbers = [0.123456] * study.data.channels
-        views = asdict(ViewRecipe.of(study.views, dataset="", seed=0, mean=numbers, std=numbers))
+        views = ViewRecipe.of(study.views, dataset="", seed=0, mean=numbers, std=numbers).record()
         return {
             "teacher": digest,
             "dataset": digest[:16],

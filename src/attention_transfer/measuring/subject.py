@@ -12,6 +12,7 @@ from attention_transfer.config import Architecture, Pretrained, Study
 from attention_transfer.data import views
 from attention_transfer.data.labelled import LabelledViews
 from attention_transfer.data.mixing import Mixing
+from attention_transfer.data.rendering import views_of
 from attention_transfer.models import pretraining, students, vit
 from attention_transfer.training.pretraining_task import PretrainingTask
 from attention_transfer.training.student_task import StudentTask
@@ -38,9 +39,8 @@ class Subject:
         self.recipe = self._view_recipe(study.views)
         numbers, size = np.arange(images), study.data.image_size
         self.labelled = LabelledViews(
-            recipe=self.recipe,
+            single=views_of(self.recipe, self.images, numbers),
             mixing=Mixing.of(study.views, dataset="", examples=numbers, seed=0, size=size),
-            pixels=self.images,
             labels=numbers % CLASSES,
             examples=numbers,
             classes=CLASSES,
@@ -90,6 +90,7 @@ class Subject:
     def pretraining(self, teacher: Pretrained, *, batch_size: int) -> PretrainingTask:
         """Pre-training of a teacher."""
         recipe = self._view_recipe(views.PretrainingViews(teacher.crop_scale))
+        render = views_of(recipe, self.images, np.arange(len(self.images)))
         steps = len(self.images) // batch_size
         arguments = self._arguments(teacher.architecture, 0)
         model: Any = pretraining.build(teacher, arguments, steps=steps).to(self.device)
@@ -98,7 +99,7 @@ class Subject:
             count=len(self.images),
             views=model.views,
             labels=np.zeros(len(self.images), np.int64) if model.labelled else None,
-            render=lambda rows, view: views.render(recipe, self.images[rows], rows, view).to(self.device),
+            render=lambda rows, view: render(rows, view).to(self.device),
             batch_size=batch_size,
             seed=0,
             device=self.device,

@@ -1,0 +1,98 @@
+"""A study of JPEGs that stay in their files, with RandAugment and noise: its stages, one after another."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from attention_transfer.evaluation import predictions
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 50), "red": (200, 40, 30)}
+STAGES = (
+    ("data",),
+    ("split",),
+    ("pretrain", "--teacher", "mae"),
+    ("cache", "--teacher", "mae"),
+    ("shifts",),
+    ("resolve", "--run", "distill"),
+    ("train", "--run", "distill", "--seed", "0"),
+    ("predict", "--run", "distill", "--seed", "0"),
+)
+
+
+def write_images(folder: Path) -> None:
+    """Of three colours, in any shape, with noise."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 24), ("test", 8)):
+        for name, colour in COLOURS.items():
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for number in range(count):
+                height, width = random.integers(30, 60, 2)
+                pixels = np.array(colour) + random.normal(0, 40, (height, width, 3))
+                Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place / f"{number}.jpg")
+
+
+def write_params(path: Path) -> None:
+    values = yaml.safe_load((ROOT / "presets" / "smoke.yaml").read_text(encoding="utf-8"))
+    values["data"] |= {"source": "files", "folder": "pictures", "resize": 32, "image_size": 28, "channels": 3}
+    values["data"] |= {"labelled": 45, "validation": 9}
+    values["views"] |= {"rand_augment": "rand-m9-mstd0.5-inc1", "erase": 0.25, "erase_with": "noise"}
+    values["views"] |= {"mixup": 0.8, "cutmix": 1.0}
+    values["training"]["curve_images"] = 9
+    values["teachers"]["mae"]["batch_size"] = 21
+    for name in ("scratch", "finetune", "copy"):
+        values["runs"][name]["batch_size"] = 14
+    values["runs"]["distill"] |= {"epochs": 40, "batch_size": 14, "learning_rate": 0.003}
+    values["evaluation"] |= {"sets": ["validation", "test", "shifts"], "shift_images": 12}
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+
+
+def run(folder: Path, *stage: str, workers: int) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "pipeline" / f"{stage[0]}.py"), *stage[1:]],
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT / "src"),
+            "ATTENTION_TRANSFER_DEVICE": "cpu",
+            "ATTENTION_TRANSFER_WORKERS": str(workers),
+            "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_stage_works_on_files(tmp_path: Path) -> None:
+    """The student learns the colours; with another number of processes it has the same weights."""
+    write_images(tmp_path / "pictures")
+    write_params(tmp_path / "params.yaml")
+    for stage in STAGES:
+        run(tmp_path, *stage, workers=2)
+    student = tmp_path / "runs" / "smoke" / "students" / "distill" / "0" / "model.safetensors"
+    found = tmp_path / "runs" / "smoke" / "predictions" / "distill" / "0"
+    test = predictions.load(found / "test.safetensors", made_by="predict")
+    assert len(test.labels) == 24
+    assert test.correct.double().mean() > 0.6
+    assert {path.stem for path in found.iterdir()} >= {"validation", "test", "contrast-5"}
+
+    weights = load_file(student)
+    student.unlink()
+    run(tmp_path, "train", "--run", "distill", "--seed", "0", workers=1)
+    again = load_file(student)
+    assert all(again[name].equal(value) for name, value in weights.items())
