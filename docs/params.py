@@ -62,6 +62,7 @@ SECTIONS: dict[type[BaseModel], str] = {
     config_runs.LogitLoss: "logit_loss of a run",
     config_runs.FinetunedTeacher: "finetuned_teachers",
     config.Evaluation: "evaluation",
+    config.PublishedSet: "published sets",
     config.Ensemble: "ensembles",
     config.Report: "report",
     config_teachers.Architecture: "architecture of a teacher or a run",

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from attention_transfer.data import shifted
+from attention_transfer.data import published, shifted
 from attention_transfer.evaluation import calibration, ensembles, metrics, ood, predictions, statistics
 from attention_transfer.evaluation.predictions import Predictions
 from attention_transfer.files import fingerprint, sha256, write_text
@@ -77,10 +77,20 @@ def sets(this: Stage) -> list[tuple[str, str, str, int]]:
     """File name, set, shift and severity of every labelled set of the task."""
     evaluation = this.study.evaluation
     own = [(name, name, "", 0) for name in ("validation", "test") if name in evaluation.sets]
-    made = shifted.wanted(evaluation, this.study.data)
-    return own + [
-        (name, "shifts", what["shift"], what["severity"]) for name, what in made.items() if "shift" in what
-    ]
+    made = shifted.made(this.layout.shifts, evaluation, this.study.data)
+    return (
+        own
+        + [
+            (name, "shifts", what["shift"], what["severity"])
+            for name, what in made.items()
+            if "shift" in what
+        ]
+        + [
+            (name, "published", published.condition(what), what.get("severity", 0))
+            for name, what in made.items()
+            if "published" in what
+        ]
+    )
 
 
 def scores(this: Stage, store: Store) -> pd.DataFrame:
@@ -95,7 +105,7 @@ def scores(this: Stage, store: Store) -> pd.DataFrame:
     def add(
         run: str, seed: int, found: Predictions, *, which: str, shift: str = "", severity: int = 0
     ) -> None:
-        score = metrics.score(found.logits, found.labels, bins=evaluation.calibration_bins)
+        score = metrics.score(found.judged, found.labels, bins=evaluation.calibration_bins)
         rows.append(
             {"run": run, "seed": seed, "set": which, "shift": shift, "severity": severity}
             | {"examples": len(found.labels)}

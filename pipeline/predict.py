@@ -52,6 +52,7 @@ def main(this: Stage) -> None:
                     predict(which, images, examples),
                     torch.from_numpy(images.labels),
                     torch.from_numpy(examples),
+                    groups(this, which),
                 )
                 predictions.save(folder / f"{which}.safetensors", result, made[which])
         for path in folder.iterdir():
@@ -75,7 +76,15 @@ def set_names(this: Stage) -> list[str]:
     """Every image set that the study evaluates on."""
     evaluation = this.study.evaluation
     own = [which for which in ("validation", "test") if which in evaluation.sets]
-    return own + list(shifted.wanted(evaluation, this.study.data))
+    return own + list(shifted.made(this.layout.shifts, evaluation, this.study.data))
+
+
+def groups(this: Stage, which: str) -> Tensor | None:
+    """Which label each class counts as, where a published set has other classes than the task."""
+    if which in ("validation", "test"):
+        return None
+    found = shifted.groups(this.layout.shifts, which)
+    return None if found is None else torch.from_numpy(found)
 
 
 def set_fingerprint(this: Stage, inputs: dict[str, str], which: str) -> str:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from attention_transfer.data import images, shifted
+from attention_transfer.data import images, published, shifted
+from attention_transfer.data.image_files import Shape
 from attention_transfer.provenance import code_fingerprint
 
 
@@ -25,10 +26,15 @@ def main(this: Stage) -> None:
             "seed": study.data.seed,
             "code": code_fingerprint(this.script),
         }
-        wanted = shifted.wanted(evaluation, study.data)
-        shifted.make(layout.shifts, wanted, test, indices, recipe)
+        wanted, missing = shifted.wanted(evaluation, study.data), published.missing(evaluation)
+        for name, problem in missing.items():
+            print(f"{name}: {problem}; the study goes on without it")
+        wanted = {name: what for name, what in wanted.items() if name not in missing}
+        form = Shape(study.data.channels, study.data.resize, study.data.image_size)
+        shifted.make(layout.shifts, wanted, test, indices, recipe, classes=description.classes, form=form)
         this.outputs += [path for path in [layout.shifts / shifted.CONTACT_SHEET] if path.exists()]
-        return {"sets": len(wanted), "images_a_shift": len(indices)}
+        found = {"sets": len(wanted), "images_a_shift": len(indices)}
+        return found | ({"missing_sets": len(missing)} if evaluation.published else {})
 
     this.run(
         params={
@@ -37,6 +43,11 @@ def main(this: Stage) -> None:
             "evaluation.severities": list(evaluation.severities),
             "evaluation.shift_images": evaluation.shift_images,
             "data.seed": study.data.seed,
+            **(
+                {"evaluation.published": evaluation.model_dump(mode="json")["published"]}
+                if evaluation.published
+                else {}
+            ),
         },
         inputs={"images": description.fingerprint},
         work=work,

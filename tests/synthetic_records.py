@@ -69,6 +69,7 @@ def study(
             "shifts": ("gaussian_noise", "fog", "rotate"),
             "severities": (1, 3, 5),
             "shift_images": 500,
+            "published": {},
             "calibration_bins": 15,
             "confidence": 0.95,
             "bootstrap": 1000,

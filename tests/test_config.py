@@ -89,7 +89,7 @@ def well_formed(error: StudyError, path: Path) -> str:
 
 def sections(values: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """The path of every section whose keys config.py declares."""
-    if not (len(path) == 1 and path[0] in NAMED):
+    if path not in ((section,) for section in NAMED) and path != ("evaluation", "published"):
         yield path
     for key, value in values.items():
         if isinstance(value, dict):
@@ -817,3 +817,34 @@ def test_random_texts_give_a_study_or_one_message(tmp_path: Path) -> None:
         path.write_text("".join(lines), encoding="utf-8")
         loaded += outcome_of(path, "".join(lines))
     assert 0 < loaded < 100
+
+
+def test_an_unknown_key_of_a_published_set(tmp_path: Path) -> None:
+    values = changed()
+    values["evaluation"]["sets"] = ["validation", "test", "published"]
+    values["evaluation"]["published"] = {"sketch": {"layout": "class_names", "foldr": "x"}}
+    assert "evaluation.published.sketch.foldr: unknown key; did you mean 'folder'?" in refusal(
+        tmp_path, values
+    )
+
+
+@pytest.mark.parametrize(
+    "policy", ["rand", "rand-m9-mstd0.5-inc1", "rand-m7-n3-p0.3", "rand-mmax12-m10"], ids=str
+)
+def test_policies_of_rand_augment(policy: str, tmp_path: Path) -> None:
+    values = changed()
+    values["views"]["rand_augment"] = policy
+    assert load(tmp_path, values).views.rand_augment == policy
+
+
+@pytest.mark.parametrize("policy", ["augmix", "rand-m9.5", "rand-z3", "rand-inc2", "rand-m9-", ""], ids=repr)
+def test_policies_that_timm_would_not_take(policy: str, tmp_path: Path) -> None:
+    values = changed()
+    values["views"]["rand_augment"] = policy
+    assert "views.rand_augment" in refusal(tmp_path, values)
+
+
+def test_a_crop_larger_than_the_resized_image(tmp_path: Path) -> None:
+    values = changed()
+    values["data"]["resize"] = 20
+    assert "data.resize: 20 is smaller than image_size, 28" in refusal(tmp_path, values)

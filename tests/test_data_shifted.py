@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from attention_transfer.data import shifted, shifts
+from attention_transfer.data.image_files import Shape
 from attention_transfer.data.images import ImageSet
 from attention_transfer.errors import StudyError
 from attention_transfer.files import write_sealed
@@ -24,7 +25,7 @@ BOTH = {**FOG, **JPEG}
 
 
 def make(folder: Path, sets: dict[str, dict[str, Any]], **changes: Any) -> dict[str, Any]:
-    return shifted.make(folder, sets, TEST, INDICES, {**RECIPE, **changes})
+    return shifted.make(folder, sets, TEST, INDICES, {**RECIPE, **changes}, classes=[], form=Shape(1, 16, 16))
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:

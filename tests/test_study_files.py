@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from PIL import Image
@@ -28,6 +30,7 @@ STAGES = (
     ("resolve", "--run", "distill"),
     ("train", "--run", "distill", "--seed", "0"),
     ("predict", "--run", "distill", "--seed", "0"),
+    ("evaluate",),
 )
 
 
@@ -44,6 +47,14 @@ def write_images(folder: Path) -> None:
                 Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(place / f"{number}.jpg")
 
 
+def publish(folder: Path, images: Path) -> None:
+    """Two of the classes under their names, and all of them by number."""
+    for number, name in enumerate(sorted(COLOURS)):
+        shutil.copytree(images / "test" / name, folder / "numbered" / str(number))
+        if name != "green":
+            shutil.copytree(images / "test" / name, folder / "few" / name)
+
+
 def write_params(path: Path) -> None:
     values = yaml.safe_load((ROOT / "presets" / "smoke.yaml").read_text(encoding="utf-8"))
     values["data"] |= {"source": "files", "folder": "pictures", "resize": 32, "image_size": 28, "channels": 3}
@@ -52,10 +63,14 @@ def write_params(path: Path) -> None:
     values["views"] |= {"mixup": 0.8, "cutmix": 1.0}
     values["training"]["curve_images"] = 9
     values["teachers"]["mae"]["batch_size"] = 21
-    for name in ("scratch", "finetune", "copy"):
-        values["runs"][name]["batch_size"] = 14
+    values |= {"seeds": [0], "runs": {"distill": values["runs"]["distill"]}, "ensembles": {}, "report": None}
     values["runs"]["distill"] |= {"epochs": 40, "batch_size": 14, "learning_rate": 0.003}
-    values["evaluation"] |= {"sets": ["validation", "test", "shifts"], "shift_images": 12}
+    values["evaluation"] |= {"sets": ["validation", "test", "shifts", "published"], "shift_images": 12}
+    values["evaluation"]["published"] = {
+        "few": {"layout": "class_names", "folder": "published/few"},
+        "numbered": {"layout": "class_numbers", "folder": "published/numbered", "images": 4},
+        "absent": {"layout": "class_names", "folder": "published/absent"},
+    }
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
 
 
@@ -81,6 +96,7 @@ def run(folder: Path, *stage: str, workers: int) -> None:
 def test_every_stage_works_on_files(tmp_path: Path) -> None:
     """The student learns the colours; with another number of processes it has the same weights."""
     write_images(tmp_path / "pictures")
+    publish(tmp_path / "published", tmp_path / "pictures")
     write_params(tmp_path / "params.yaml")
     for stage in STAGES:
         run(tmp_path, *stage, workers=2)
@@ -89,7 +105,14 @@ def test_every_stage_works_on_files(tmp_path: Path) -> None:
     test = predictions.load(found / "test.safetensors", made_by="predict")
     assert len(test.labels) == 24
     assert test.correct.double().mean() > 0.6
-    assert {path.stem for path in found.iterdir()} >= {"validation", "test", "contrast-5"}
+    assert {path.stem for path in found.iterdir()} >= {"validation", "test", "contrast-5", "few", "numbered"}
+    scores = pd.read_csv(tmp_path / "metrics" / "smoke" / "evaluate" / "scores.csv").set_index("shift")
+    assert scores.loc["few", "examples"] == 16
+    assert scores.loc["numbered", "examples"] == 4
+    assert "absent" not in scores.index
+    # Of the same images, without the third class: no worse than on all of the test set's.
+    of_two = test.labels != sorted(COLOURS).index("green")
+    assert scores.loc["few", "accuracy"] >= test.correct[of_two].double().mean()
 
     weights = load_file(student)
     student.unlink()

@@ -50,7 +50,7 @@ _PARAMS: dict[str, Any] = {
         "second": {"kind": "untrained", "architecture": {**ARCHITECTURE, "mlp_ratio": 3.0}, "seed": 2},
     },
     "evaluation": {
-        "sets": ("validation",), "shifts": (), "severities": (), "shift_images": 9,
+        "sets": ("validation",), "shifts": (), "severities": (), "shift_images": 9, "published": {},
         "calibration_bins": 5, "confidence": 0.95, "bootstrap": 10,
     },
     "finetuned_teachers": {

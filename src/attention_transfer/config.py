@@ -8,10 +8,11 @@ that says what it means: no components, the task's own images to pre-train on.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import BaseModel, Field, PrivateAttr, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
 from attention_transfer import params_yaml
 from attention_transfer.config_errors import explain, nearest
@@ -64,6 +65,7 @@ __all__ = [
     "MaskedImageModelling",
     "MomentumContrast",
     "Pretrained",
+    "PublishedSet",
     "Run",
     "SelfDistillation",
     "Study",
@@ -139,7 +141,8 @@ class Data(Section):
         return self
 
 
-RAND_AUGMENT = r"^rand(-(m[0-9]+|n[0-9]+|mstd[0-9]+(\.[0-9]+)?|mmax[0-9]+|inc[01]|p[01](\.[0-9]+)?))*$"
+# The parts of a policy that timm reads as numbers.
+RAND_AUGMENT = r"rand(-(m[0-9]+|n[0-9]+|mstd[0-9]+(\.[0-9]+)?|mmax[0-9]+|inc[01]|p[01](\.[0-9]+)?))*"
 
 
 class Views(Section):
@@ -157,7 +160,7 @@ class Views(Section):
     """Probability that a rectangle is replaced."""
     erase_with: Literal["mean", "noise"] = "mean"
     """By what: the mean colour, or normal noise in every value (timm's mode `pixel`)."""
-    rand_augment: Annotated[str, StringConstraints(pattern=RAND_AUGMENT)] | None = None
+    rand_augment: str | None = None
     """RandAugment between crop and erasing, as timm writes it: `rand-m9-mstd0.5-inc1`; None: not at all."""
     mixup: Annotated[float, Field(ge=0, le=100)]
     """Parameter of the Beta distribution by which two images of a view are blended; 0: never."""
@@ -172,6 +175,10 @@ class Views(Section):
     def _consistent(self) -> Self:
         ordered("crop_scale", self.crop_scale)
         ordered("crop_ratio", self.crop_ratio)
+        if self.rand_augment is not None and not re.fullmatch(RAND_AUGMENT, self.rand_augment):
+            raise ValueError(
+                f"rand_augment: {self.rand_augment!r} is no policy of timm's, such as rand-m9-mstd0.5-inc1"
+            )
         return self
 
 
@@ -207,10 +214,37 @@ class Training(Section):
     """The first so many validation images make the curve; a trained student is scored on all of them."""
 
 
+class PublishedSet(Section):
+    """Images that others have published as a shift of the task; see data/published.py.
+
+    Where they are missing, the study goes on without them, and says so.
+    """
+
+    layout: Literal["class_names", "class_numbers", "mapped_names", "corruptions"]
+    """What its folders are called: as the training images' (ImageNet-A, -R, -Sketch), by number (ImageNet-V2), in
+    another way that `mapping` explains (ObjectNet), or `corruptions` of several severities (ImageNet-C)."""
+    folder: str
+    """Where it lies: a folder, or a tar."""
+    mapping: str | None = None
+    """Of `mapped_names`: a JSON file, from the names of its folders to lists of the training images' classes."""
+    corruptions: tuple[str, ...] = ()
+    """Of `corruptions`: their folders."""
+    images: Positive | None = None
+    """So many of each set, as many of each class as possible; None: all."""
+
+    @model_validator(mode="after")
+    def _has_what_the_layout_needs(self) -> Self:
+        for key, layout in (("mapping", "mapped_names"), ("corruptions", "corruptions")):
+            if bool(getattr(self, key)) != (self.layout == layout):
+                raise ValueError(f"{key}: needed by layout {layout}, and by no other")
+        no_value_twice("corruptions", self.corruptions)
+        return self
+
+
 class Evaluation(Section):
     """What the predictions are made on and how they are judged."""
 
-    sets: tuple[Literal["validation", "test", "shifts", "digits"], ...]
+    sets: tuple[Literal["validation", "test", "shifts", "digits", "published"], ...]
     """Image sets to predict on; a study that chooses hyper-parameters names `validation` alone."""
     shifts: tuple[Shift, ...]
     """Corruptions of test images, after Hendrycks and Dietterich (2019); see data/shifts.py."""
@@ -218,12 +252,20 @@ class Evaluation(Section):
     """How strong they are, each of them."""
     shift_images: Positive
     """Test images, the same ones for each shift, drawn stratified."""
+    published: dict[Name, PublishedSet]
+    """Image sets that others have published as shifts of the task; {} for none."""
     calibration_bins: Positive
     """Equally wide bins of the expected calibration error."""
     confidence: Fraction
     """Level of all intervals."""
     bootstrap: Positive
     """Resamples of the bootstrap over seeds and examples."""
+
+    @model_validator(mode="after")
+    def _published_sets_are_named(self) -> Self:
+        if ("published" in self.sets) != bool(self.published):
+            raise ValueError("published: needed where sets names it, and only there")
+        return self
 
 
 class Ensemble(Section):
@@ -601,7 +643,7 @@ def _same_images(path: Path, values: dict[str, Any], base_path: Path, base: dict
                 remedy="remove it here, or make this a study of its own, with teachers of its own",
             )
     sets = values["evaluation"].get("sets", ()) if isinstance(values["evaluation"], dict) else ()
-    if others := [which for which in ("shifts", "digits") if which in sets]:
+    if others := [which for which in ("shifts", "digits", "published") if which in sets]:
         raise StudyError(
             f"evaluation.sets: {', '.join(others)} are made of the images of {base_path}",
             where=str(path),
@@ -626,6 +668,7 @@ _SECTIONS: dict[Any, type[BaseModel]] = {
     "attention": AttentionCache,
     "training": Training,
     "evaluation": Evaluation,
+    "published": PublishedSet,
     "report": Report,
     "runs": Run,
     "attention_loss": AttentionLoss,

@@ -66,6 +66,8 @@ def _fields_beside(location: tuple[Any, ...], sections: Mapping[Any, type[BaseMo
     named = location[0] in ("teachers", "finetuned_teachers", "runs", "ensembles")
     # The second part is then a name that the user chose, which may be that of a section.
     path = [location[0], *location[2:-1]] if named else location[:-1]
+    if location[:2] == ("evaluation", "published"):
+        path = ["published"]
     return list(sections[path[-1] if path else None].model_fields)
 
 

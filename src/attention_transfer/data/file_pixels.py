@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,18 +54,37 @@ class FilePixels:
         digest.update(self.files.checksums.tobytes())
         return digest.hexdigest()
 
+    def kept(self, rows: np.ndarray) -> FilePixels:
+        """These alone, the others forgotten."""
+        entries = self.files.entries(self.chosen[rows])
+        files = ImageFiles(
+            self.files.root, [entry.name for entry in entries], *self.files.parts(self.chosen[rows])
+        )
+        return FilePixels(files, np.arange(len(files)), self.form)
+
     def save(self, path: Path) -> None:
         """Writes the index of the whole split."""
-        form = np.array([self.form.channels, self.form.resize, self.form.size])
         with atomic(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, form=form, **self.files.arrays())
+            np.savez(file, **self.arrays())
 
     @classmethod
     def load(cls, path: Path) -> FilePixels:
         """What `save` wrote; the caller compares its checksum."""
         # Opened here: what NumPy opens it leaves open where the file is damaged.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            files, (channels, resize, size) = ImageFiles.of(arrays), arrays["form"].tolist()
+            return cls.of(arrays)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The whole split as arrays without Python objects, for a file."""
+        return {
+            "form": np.array([self.form.channels, self.form.resize, self.form.size]),
+            **self.files.arrays(),
+        }
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, np.ndarray]) -> FilePixels:
+        """What `arrays` gave."""
+        files, (channels, resize, size) = ImageFiles.of(arrays), arrays["form"].tolist()
         return cls(files, np.arange(len(files)), Shape(channels, resize, size))
 
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:

@@ -128,6 +128,10 @@ class ImageFiles:
             )
         ]
 
+    def parts(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Offsets, sizes and checksums of these images."""
+        return self.offsets[rows], self.sizes[rows], self.checksums[rows]
+
     def arrays(self) -> dict[str, np.ndarray]:
         """As arrays without Python objects, for a file."""
         text = {"root": str(self.root.absolute()), "names": "\n".join(self.names)}

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from attention_transfer.config import Data, Evaluation
+from attention_transfer.data import published
+from attention_transfer.data.file_pixels import FilePixels
+from attention_transfer.data.image_files import Shape
 from attention_transfer.data.images import ImageSet
 from attention_transfer.errors import StudyError, repro
 from attention_transfer.files import atomic, fingerprint, read_sealed, write_sealed, xxh3
@@ -15,6 +20,7 @@ from attention_transfer.files import atomic, fingerprint, read_sealed, write_sea
 MANIFEST = "manifest.json"
 CONTACT_SHEET = "contact_sheet.npz"
 DIGITS = "digits"
+GROUPS = "groups"  # key of a published set's file
 
 
 def name(shift: str, severity: int) -> str:
@@ -31,7 +37,14 @@ def wanted(evaluation: Evaluation, data: Data) -> dict[str, dict[str, Any]]:
                 sets[name(shift, severity)] = {"shift": shift, "severity": severity}
     if DIGITS in evaluation.sets:
         sets[DIGITS] = {"image_size": data.image_size, "channels": data.channels}
-    return sets
+    return sets | published.wanted(evaluation)
+
+
+def made(folder: Path, evaluation: Evaluation, data: Data) -> dict[str, dict[str, Any]]:
+    """Those of `wanted` that are there: all but published ones that are missing on this machine."""
+    sets = wanted(evaluation, data)
+    there = manifest(folder) if evaluation.published else sets
+    return {name: what for name, what in sets.items() if name in there}
 
 
 def subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
@@ -51,9 +64,21 @@ def subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def make(
-    folder: Path, sets: dict[str, dict[str, Any]], test: ImageSet, indices: np.ndarray, recipe: dict[str, Any]
+    folder: Path,
+    sets: dict[str, dict[str, Any]],
+    test: ImageSet,
+    indices: np.ndarray,
+    recipe: dict[str, Any],
+    *,
+    classes: list[str],
+    form: Shape,
 ) -> dict[str, Any]:
     """Writes every set that is not there yet, removes those that are no longer wanted.
+
+    Args:
+        sets: as `wanted` says; published ones that are not there are not among them.
+        classes: of the task.
+        form: of the images of published sets.
 
     Returns:
         The manifest, which it writes last: by set name its fingerprint and the checksum of its images.
@@ -65,9 +90,13 @@ def make(
         made_from = fingerprint({**recipe, **what})
         entry = before.get(set_name, {})
         if entry.get("fingerprint") != made_from or not _whole(folder, set_name, entry):
-            images, labels, examples = _render(what, test, indices, recipe["seed"])
-            with atomic(folder / f"{set_name}.npz") as temporary, temporary.open("wb") as file:
-                np.savez(file, images=images, labels=labels, examples=examples)
+            if "published" in what:
+                found = published.find(what, classes, form, seed=recipe["seed"])
+                found.save(folder / f"{set_name}.npz")
+            else:
+                images, labels, examples = _render(what, test, indices, recipe["seed"])
+                with atomic(folder / f"{set_name}.npz") as temporary, temporary.open("wb") as file:
+                    np.savez(file, images=images, labels=labels, examples=examples)
             entry = {"fingerprint": made_from, "checksum": _checksum(folder, set_name)}
         manifest[set_name] = entry
     _contact_sheet(folder, sets, test, indices, recipe["seed"])
@@ -127,6 +156,25 @@ def load(folder: Path, set_name: str) -> tuple[ImageSet, np.ndarray]:
     Raises:
         StudyError: the file is missing or is not the one in the manifest.
     """
+    with _arrays(folder, set_name) as arrays:
+        if GROUPS in arrays:
+            pixels = FilePixels.of(arrays)
+            return ImageSet(pixels, arrays["labels"]), np.arange(len(pixels))
+        return ImageSet(arrays["images"], arrays["labels"]), arrays["examples"]
+
+
+def groups(folder: Path, set_name: str) -> np.ndarray | None:
+    """Of a published set, for each class of the task the label that it counts as; None: the classes themselves.
+
+    Raises:
+        StudyError: as `load`.
+    """
+    with _arrays(folder, set_name) as arrays:
+        return arrays.get(GROUPS)
+
+
+@contextlib.contextmanager
+def _arrays(folder: Path, set_name: str) -> Iterator[Mapping[str, np.ndarray]]:
     path = folder / f"{set_name}.npz"
     if not _whole(folder, set_name, manifest(folder).get(set_name, {})):
         raise StudyError(
@@ -135,7 +183,7 @@ def load(folder: Path, set_name: str) -> tuple[ImageSet, np.ndarray]:
             remedy=f"make it anew: {repro('shifts', again=True)}",
         )
     with np.load(path, allow_pickle=False) as arrays:
-        return ImageSet(arrays["images"], arrays["labels"]), arrays["examples"]
+        yield arrays
 
 
 def _whole(folder: Path, set_name: str, entry: dict[str, str]) -> bool:

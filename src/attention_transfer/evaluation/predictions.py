@@ -32,16 +32,29 @@ class Predictions:
         logits: float32 (examples, classes).
         labels: int64 (examples,).
         examples: int64 (examples,), the images' numbers in their set.
+        groups: int64 (classes,), where the set's labels are not the model's classes: the label that each class
+            counts as, or -1 for none, whose logits do not count.
     """
 
     logits: Tensor
     labels: Tensor
     examples: Tensor
+    groups: Tensor | None = None
+
+    @property
+    def judged(self) -> Tensor:
+        """Logits of the set's labels, (examples, labels): of several classes the largest."""
+        if self.groups is None:
+            return self.logits
+        kept = self.groups >= 0
+        where = self.groups[kept].expand(len(self.logits), -1)
+        lowest = self.logits.new_full((len(self.logits), int(self.groups.max()) + 1), -torch.inf)
+        return lowest.scatter_reduce(1, where, self.logits[:, kept], "amax")
 
     @property
     def correct(self) -> Tensor:
         """bool (examples,): whether the largest logit is the label's."""
-        return self.logits.argmax(dim=1) == self.labels
+        return self.judged.argmax(dim=1) == self.labels
 
 
 @torch.inference_mode()
@@ -53,7 +66,7 @@ def predict_all(predict: Predict, count: int) -> Tensor:
 
 def save(path: Path, predictions: Predictions, fingerprint: str) -> None:
     """Writes logits, labels and example numbers, with a checksum and the fingerprint of what made them."""
-    tensors = vars(predictions)
+    tensors = {name: value for name, value in vars(predictions).items() if value is not None}
     # One entry, because safetensors writes several in an order that changes: equal predictions, equal bytes.
     record = {"fingerprint": fingerprint, "checksum": _checksum(tensors, fingerprint)}
     metadata = {RECORD: json.dumps(record, sort_keys=True)}

@@ -25,6 +25,7 @@ from attention_transfer.reporting import (
     experiment_figures,
     figures,
     further_claims,
+    published,
     replication,
     robustness,
     scripts,
@@ -104,7 +105,14 @@ def build(
         experiment_records.table(experiment, records, report) for experiment in more
     ]
     all_tables.append(cost.table(records))
-    all_tables += filter(None, (robustness.table(records, report), replication.table(records, more, report)))
+    all_tables += filter(
+        None,
+        (
+            robustness.table(records, report),
+            published.table(records, report),
+            replication.table(records, more, report),
+        ),
+    )
     drawings = figures.build(records, report, artifacts) + experiment_figures.build(more, records, report)
     drawings += similarity_figures.build(records, report)
     drawings += filter(None, (robustness.figure(records),))

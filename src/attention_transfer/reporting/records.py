@@ -39,6 +39,7 @@ _CKA = ["run", "seed", "reference", "layer", "reference_layer", "cka"]
 _CURVE = ["epoch", "step", "task_loss", "attention_loss", "learning_rate", "validation_accuracy"]
 _SOME_CURVES = ("feature_loss", "logit_loss")
 
+PUBLISHED = "published"  # sets of others; those that were not there when the study ran have no rows
 UNSHIFTED = "unshifted"  # the very test images that are shifted, as they are
 
 
@@ -243,6 +244,9 @@ def _scores(study: Study, path: Path) -> pd.DataFrame:
             ("shifts", *pair)
             for pair in itertools.product(study.evaluation.shifts, study.evaluation.severities)
         ]
+    if _predicts(study, PUBLISHED):
+        # What is there for one run is there for all.
+        conditions += sorted({tuple(index[2:]) for index in frame.index if index[2] == PUBLISHED})
     wanted = [(*row, *condition) for row in study.grid for condition in conditions]
     known = set(frame.index)
     for row in wanted:

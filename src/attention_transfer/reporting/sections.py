@@ -38,7 +38,7 @@ SECTIONS = (
         "shifts",
         "Distribution shift",
         ("shift_severity", "shift_scatter", "contact_sheet"),
-        ("robustness", "shifts"),
+        ("robustness", "shifts", "published"),
         "shift",
     ),
     Section("metrics", "Calibration and other measures", (), ("metrics", "calibration", "ood")),
