@@ -50,7 +50,9 @@ class Unshown(stage.Stage):
 def build(folder: Path) -> Study:
     """Runs the stages from the training to the evaluation in a folder; gives the study, which params.yaml holds."""
     made = study()
-    (folder / "params.yaml").write_text(yaml.safe_dump(made.model_dump(mode="json")), encoding="utf-8")
+    (folder / "params.yaml").write_text(
+        yaml.safe_dump(made.model_dump(mode="json"), sort_keys=False), encoding="utf-8"
+    )
     layout = Layout.of(made)
     with contextlib.chdir(folder):
         write_inputs(Path())

@@ -28,16 +28,18 @@ from tiny_study import ARCHITECTURE, CPU, make_study
 from torch import nn
 
 import attention_transfer.__main__ as commands
+from attention_transfer import config
 from attention_transfer.assembly import Parts
 from attention_transfer.commands.export import Wishes, export
 from attention_transfer.config import Architecture, Study
 from attention_transfer.data import images
 from attention_transfer.errors import StudyError
-from attention_transfer.exporting import card, onnx_file, timm_folder
+from attention_transfer.exporting import accuracies, card, onnx_file, timm_folder
 from attention_transfer.exporting.subject import Subject, find
 from attention_transfer.layout import Layout
 from attention_transfer.models import students, vit
 
+ROOT = Path(__file__).parents[1]
 COMPONENTS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "layer_scale": ("layer_scale",),
@@ -144,6 +146,20 @@ def test_timm_gives_the_students_logits_in_a_process_of_its_own(study: Study, tm
             )
 
 
+def test_other_weights_are_found_by_their_logits(study: Study, tmp_path: Path) -> None:
+    model = noisy(Architecture.model_validate(ARCHITECTURE), tmp_path / "model")
+    description = images.describe(Layout.of(study).images)
+    made = tmp_path / "made"
+    made.mkdir()
+    timm_folder.write(made, subject_of(tmp_path / "model", make_study("scratch")), description, "mit")
+    pixels = torch.randn(5, 1, 8, 8)
+    timm_folder.check(made, model, pixels)
+    with torch.no_grad():
+        model.head.bias[1] += 1e-6
+    with pytest.raises(StudyError, match=r"timm [\d.]+: the student gives other logits there"):
+        timm_folder.check(made, model, pixels)
+
+
 def test_the_weights_are_the_students_bytes(study: Study) -> None:
     folder = export(study, "distill", 1, Wishes(folder=Path("out")))
     made = [path / "model.safetensors" for path in (folder, Layout.of(study).student("distill", 1))]
@@ -225,6 +241,7 @@ def test_the_licence_is_known_only_where_nothing_of_others_is_in_the_weights(stu
     assert json.loads((folder / "config.json").read_text())["pretrained_cfg"]["license"] == "apache-2.0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "rotary", "relative_bias_and_others"])
 def test_onnx_gives_the_logits_for_batches_of_any_size(name: str, tmp_path: Path) -> None:
     architecture = Architecture.model_validate(ARCHITECTURE | {"components": COMPONENTS[name]})
@@ -256,6 +273,7 @@ def test_onnx_with_other_logits_is_refused(tmp_path: Path) -> None:
         onnx_file.write(tmp_path / "model.onnx", OtherwiseWhenExported().eval(), torch.randn(5, 1, 8, 8))
 
 
+@pytest.mark.slow
 def test_a_failed_check_leaves_nothing(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_file, "TOLERANCE", -1.0)
     with pytest.raises(StudyError, match="other logits in onnxruntime"):
@@ -361,6 +379,8 @@ def test_a_folder_is_kept_if_it_is_the_same_and_never_overwritten(study: Study) 
     with pytest.raises(StudyError, match="is there already"):
         export(study, "distill", 0, Wishes(folder=Path("file")))
     assert Path("file").read_text() == "mine"
+    with pytest.raises(StudyError, match="is there already"):
+        export(study, "distill", 0, Wishes(folder=Path()))
     assert not [*Path().glob(".tmp-*")]
 
 
@@ -391,3 +411,22 @@ def test_killed_in_the_middle_it_leaves_nothing(study: Study) -> None:
         assert bool([*Path().glob(".tmp-*-out")]) == (number == signal.SIGKILL)
     export(study, "distill", None, Wishes(folder=Path("out")))
     assert not [*Path().glob(".tmp-*")]
+
+
+def test_accuracy_under_shift_is_the_mean_over_shifts_and_severities(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the records of the study that lies in this repository."""
+    monkeypatch.chdir(ROOT)
+    core = config.load("params.yaml")
+    shifts = core.model_copy(update={"evaluation": core.evaluation.model_copy(update={"sets": ("shifts",)})})
+    subject = dataclasses.replace(subject_of(Path(), shifts), name="distill", seed=1)
+    [found] = accuracies.read(subject)
+    table = pd.read_csv("metrics/core/evaluate/scores.csv")
+    rows = table[(table["run"] == "distill") & (table["set"] == "shifts")]
+    by_seed = [rows[rows["seed"] == seed] for seed in core.seeds]
+    assert {len(each) for each in by_seed} == {len(core.evaluation.shifts) * len(core.evaluation.severities)}
+    assert found.value == pytest.approx(by_seed[1]["accuracy"].mean())
+    assert found.nll == pytest.approx(by_seed[1]["nll"].mean())
+    assert found.examples == core.evaluation.shift_images
+    assert found.seeds is not None
+    assert (found.seeds.mean, found.seeds.n) == (pytest.approx(rows["accuracy"].mean()), len(core.seeds))
+    assert found.seeds.low < found.seeds.mean < found.seeds.high

@@ -54,10 +54,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         StudyError: something else is there, or nothing can be written.
     """
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    whole = path.absolute()  # the present folder has no name of its own
+    temporary = whole.with_name(f"{TEMPORARY}{os.getpid()}-{whole.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(whole)
         temporary.mkdir()
         yield temporary
         for inner in [*temporary.rglob("*"), temporary]:
@@ -66,7 +67,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             _require_same(temporary, path)
             return
         temporary.rename(path)
-        _fsync(path.parent)
+        _fsync(whole.parent)
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:

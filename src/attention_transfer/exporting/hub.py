@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is that of the library beneath
     HFValidationError,
-    HTTPError,  # type: ignore[attr-defined]  # of the HTTP library that it stands on, which has changed before
+    HTTPError,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from attention_transfer.errors import StudyError
 

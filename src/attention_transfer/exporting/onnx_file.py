@@ -74,7 +74,7 @@ def write(path: Path, student: nn.Module, images: Tensor) -> Agreement:
     if not difference <= allowed:  # NaN too
         raise StudyError(
             f"gives other logits in onnxruntime than in PyTorch, by up to {difference:.1e}; allowed: {allowed:.1e}",
-            where=str(path),
+            where=FILE,
             remedy="install the onnx, onnxscript and onnxruntime of requirements.lock, or export without --onnx",
         )
     return Agreement(difference, allowed)

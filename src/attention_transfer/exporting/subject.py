@@ -86,7 +86,7 @@ def find(study: Study, name: str, seed: int | None, *, graph: str) -> Subject:
 def _section(study: Study, text: str) -> tuple[str, str]:
     given, _, name = text.rpartition(".")
     # An experiment's fine-tuned teachers are those of its study, trained on its images.
-    known = {
+    known: dict[str, Mapping[str, Any]] = {
         "runs": study.runs,
         "finetuned_teachers": {} if study.is_experiment else study.finetuned_teachers,
     }

@@ -68,7 +68,7 @@ def check(folder: Path, student: nn.Module, images: Tensor) -> None:
     difference = (loaded(images) - student(images)).abs().max()
     if difference != 0:
         raise StudyError(
-            f"gives other logits in timm {timm.__version__} than in the study, by up to {float(difference):.1e}",
-            where=str(folder),
+            f"the student gives other logits there than in the study, by up to {float(difference):.1e}",
+            where=f"timm {timm.__version__}",
             remedy="install the timm of requirements.lock",
         )
