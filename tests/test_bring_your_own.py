@@ -36,7 +36,16 @@ PRESET = Path("presets/flowers.yaml")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository with what a study needs, a folder of images, and a teacher."""
     root = tmp_path_factory.mktemp("flowers")
-    for name in ("dvc.yaml", "params.yaml", "Makefile", "requirements.lock", "pyproject.toml"):
+    for name in (
+        "dvc.yaml",
+        "where.yaml",
+        "params.yaml",
+        ".gitignore",
+        ".dvcignore",
+        "Makefile",
+        "requirements.lock",
+        "pyproject.toml",
+    ):
         shutil.copy(ROOT / name, root)
     for name in ("pipeline", "src"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -76,11 +85,11 @@ def run(folder: Path, command: str) -> str:
 
 
 def make(folder: Path, command: str) -> str:
-    """Runs what `make` would once everything is set up."""
+    """Runs what `make` would once everything is set up, but for the plan, which has been made."""
     lines = run(folder, command.replace("make", "make --dry-run", 1)).splitlines()
     steps = [line for line in lines if line.startswith("python -m attention_transfer")]
-    assert len(steps) == 4
-    return "".join(run(folder, step) for step in steps)
+    assert [step.split()[3] for step in steps] == ["check", "plan", "run", "show"]
+    return "".join(run(folder, step) for step in steps if " plan " not in step)
 
 
 def shorten(folder: Path) -> None:

@@ -303,6 +303,7 @@ def test_what_cannot_be_exported_is_said_with_what_to_do(
     assert "copies its teacher's attention at every pass" in said(monkeypatch, "copy")
     assert "known are distill, copy, many, tutor, other" in said(monkeypatch, "nothing")
     assert "known are 0, 1" in said(monkeypatch, "distill", "--seed", "7")
+    assert "--push OWNER/NAME" in said(monkeypatch, "distill", "--public")
     Path("studies/tiny").mkdir(parents=True)
     Path("studies/tiny/dvc.yaml").touch()
     shutil.rmtree("runs/tiny/students/distill/1")
@@ -326,6 +327,16 @@ def test_changed_params_are_no_recipe_of_old_weights(study: Study) -> None:
     changed = study.model_copy(update={"runs": study.runs | {"distill": faster}})
     with pytest.raises(StudyError, match=r"runs\.distill: has changed since it was trained"):
         export(changed, "distill", None, Wishes())
+
+
+def test_other_images_are_not_those_that_it_was_trained_on(study: Study) -> None:
+    layout = Layout.of(study)
+    changed = {split: images.load(layout.images, split) for split in ("train", "test")}
+    changed["train"].images[0, 0, 0, 0] ^= 1
+    images.save(layout.images, "made up", ["a", "b", "c"], changed)
+    for name in ("distill", "tutor"):
+        with pytest.raises(StudyError, match="runs/tiny/data: holds other images than it was trained on"):
+            export(study, name, None, Wishes())
 
 
 @pytest.mark.parametrize(

@@ -140,9 +140,8 @@ def export(arguments: argparse.Namespace) -> None:
     from attention_transfer import config, lock_file
     from attention_transfer.commands import export
 
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
-    )  # what is unfinished is removed
+    # So that what is unfinished is removed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     study = config.load(arguments.params)
     graph = lock_file.path(study.name).with_name("dvc.yaml")
     wishes = export.Wishes(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from attention_transfer.assembly import Parts
 from attention_transfer.config import Study
+from attention_transfer.errors import StudyError
 from attention_transfer.exporting import accuracies, card, hub, onnx_file, timm_folder
 from attention_transfer.exporting.subject import find
 from attention_transfer.files import atomic_folder
@@ -49,6 +50,12 @@ def export(study: Study, name: str, seed: int | None, wishes: Wishes, *, graph: 
         StudyError: see `subject.find`; a record is missing or damaged; the folder is there and is something else; a
             check fails; the hub cannot be reached.
     """
+    if wishes.public and wishes.push is None:
+        raise StudyError(
+            "says who may read what is uploaded, and nothing is",
+            where="--public",
+            remedy="say where to, --push OWNER/NAME, or leave it out",
+        )
     if wishes.onnx:
         onnx_file.require()
     if wishes.push is not None:

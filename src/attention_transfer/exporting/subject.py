@@ -10,6 +10,7 @@ from typing import Any
 
 from attention_transfer import run_record
 from attention_transfer.config import Run, Study
+from attention_transfer.data import images
 from attention_transfer.errors import StudyError, repro
 from attention_transfer.files import fingerprint, read_sealed, sha256
 from attention_transfer.layout import Layout
@@ -115,6 +116,7 @@ def _student(study: Study, name: str, seed: int, graph: str) -> Subject:
     _require(folder, graph + stage)
     record = run_record.read(layout.record("train", name, seed), made_by=graph + stage)
     _same_params(record["params"]["runs"][name], study.runs[name], f"runs.{name}", graph + stage)
+    _same_images(record, images.describe(layout.images).fingerprint, layout, graph + stage)
     predict = f"predict@{name}-{seed}"
     predicted = run_record.read(layout.record("predict", name, seed), made_by=graph + predict)
     files = fingerprint([sha256(folder / file) for file in (vit.WEIGHTS, vit.CONFIG)])
@@ -141,6 +143,7 @@ def _tutor(study: Study, name: str, seed: int | None, graph: str) -> Subject:
     record = run_record.read(layout.record(stage), made_by=graph + stage)
     recorded = record["params"]["finetuned_teachers"][name]["run"]
     _same_params(recorded, tutor.run, f"finetuned_teachers.{name}.run", graph + stage)
+    _same_images(record, sha256(layout.images / images.DESCRIPTION), layout, graph + stage)
     if read_sealed(folder / TUTOR, made_by=graph + stage)["weights"] != sha256(folder / vit.WEIGHTS):
         raise StudyError(
             "is damaged: its SHA-256 is not the recorded one",
@@ -163,3 +166,13 @@ def _same_params(recorded: Mapping[str, Any], run: Run, key: str, stage: str) ->
     """What the records do not name is a key that came later, with the meaning that it has when left out."""
     if Run.model_validate_json(json.dumps(recorded)) != run:
         raise StudyError("has changed since it was trained", where=key, remedy=f"train it: {repro(stage)}")
+
+
+def _same_images(record: Mapping[str, Any], found: str, layout: Layout, stage: str) -> None:
+    """Mean and deviation of other images would make the model another one."""
+    if record["inputs"]["images"] != found:
+        raise StudyError(
+            "holds other images than it was trained on",
+            where=str(layout.images),
+            remedy=f"train it: {repro(stage)}",
+        )
