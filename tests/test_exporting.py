@@ -20,10 +20,13 @@ import onnx
 import onnxruntime
 import pandas as pd
 import pytest
+import timm
 import torch
 from exportable_study import build
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.numpy import load_file
+from test_commands_new import CLASSES, draw
 from tiny_study import ARCHITECTURE, CPU, make_study
 from torch import nn
 
@@ -32,7 +35,7 @@ from attention_transfer import config
 from attention_transfer.assembly import Parts
 from attention_transfer.commands.export import Wishes, export
 from attention_transfer.config import Architecture, Study
-from attention_transfer.data import images
+from attention_transfer.data import images, sources
 from attention_transfer.errors import StudyError
 from attention_transfer.exporting import accuracies, card, onnx_file, timm_folder
 from attention_transfer.exporting.subject import Subject, find
@@ -75,9 +78,9 @@ def subject_of(folder: Path, study: Study) -> Subject:
     return Subject(study, Layout.of(study), "run", "runs", 0, folder, "train@run-0", {}, "")
 
 
-def noisy(architecture: Architecture, folder: Path) -> vit.ViT:
+def noisy(architecture: Architecture, folder: Path, image_size: int = 8, channels: int = 1) -> vit.ViT:
     """A model that is saved with random numbers in all of its weights, zeros and ones of the start included."""
-    arguments = vit.model_arguments(architecture, image_size=8, channels=1, classes=3)
+    arguments = vit.model_arguments(architecture, image_size=image_size, channels=channels, classes=3)
     model = vit.create(arguments, seed=0)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(1)
@@ -144,6 +147,28 @@ def test_timm_gives_the_students_logits_in_a_process_of_its_own(study: Study, tm
             np.testing.assert_array_equal(
                 found["logits"], model(torch.from_numpy(found["prepared"])), folder.name
             )
+
+
+def test_timm_prepares_a_folder_of_images_as_the_study_does(tmp_path: Path) -> None:
+    """From the JPEGs of two sizes, neither of which is the model's."""
+    for split, count in (("train", 4), ("test", 3)):
+        draw(tmp_path / "flowers", split, count)
+    where = {"data.source": "folder", "data.folder": str(tmp_path / "flowers")}
+    made = make_study("scratch", {**where, "data.image_size": 16, "data.channels": 3})
+    names, sets = sources.read(made.data)
+    description = images.save(tmp_path / "data", "folder", names, sets)
+    noisy(Architecture.model_validate(ARCHITECTURE), tmp_path / "model", 16, 3)
+    (tmp_path / "made").mkdir()
+    timm_folder.write(tmp_path / "made", subject_of(tmp_path / "model", made), description, "unknown")
+    model = timm.create_model(f"local-dir:{tmp_path / 'made'}", pretrained=True)
+    assert model.pretrained_cfg["label_names"] == list(CLASSES)
+    prepare = timm.data.create_transform(**timm.data.resolve_data_config(model.pretrained_cfg))
+    files = [
+        tmp_path / "flowers" / "test" / name / f"{number}.jpg" for name in CLASSES for number in range(3)
+    ]
+    prepared = np.stack([prepare(Image.open(file).convert("RGB")) for file in files])
+    mean, std = (np.reshape(values, (3, 1, 1)) for values in (description.mean, description.std))
+    np.testing.assert_allclose(prepared, (sets["test"].images / 255 - mean) / std, atol=1e-5)
 
 
 def test_other_weights_are_found_by_their_logits(study: Study, tmp_path: Path) -> None:
