@@ -14,6 +14,7 @@ LONGEST = (
     "test_study.py",
     "test_study_sources.py",
     "test_faults.py",
+    "test_bring_your_own.py",
 )  # begun last, they would leave the other worker idle
 
 

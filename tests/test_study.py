@@ -732,6 +732,36 @@ def test_distilled_student_is_an_ordinary_timm_model(study: Study) -> None:
     assert stored["logits"].std() > 0.1
 
 
+def test_a_student_is_exported_with_what_was_measured(study: Study) -> None:
+    command = (
+        sys.executable,
+        "-m",
+        "attention_transfer",
+        "export",
+        "distill",
+        "--params",
+        PRESET,
+        "--seed",
+        "1",
+    )
+    answer = study.run(*command, "--onnx")
+    assert answer.code == 0, answer.text
+    assert "to the bit, on 64 test images" in answer.text
+    folder = study.folder / "exports/smoke/distill-1"
+    assert {path.name for path in folder.iterdir()} == {
+        *("README.md", "config.json", "model.onnx", "model.safetensors")
+    }
+    scores = pd.read_csv(study.folder / "metrics/smoke/evaluate/scores.csv")
+    own = scores[(scores["run"] == "distill") & (scores["seed"] == 1)]
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    for which, name in (("test", "test"), ("shifts", "shifted test images")):
+        value = 100 * own[own["set"] == which]["accuracy"].mean()
+        assert re.search(rf"\| {name} \| [\d,]+ \| {value:.2f}", text), name
+    refused = study.run(sys.executable, "-m", "attention_transfer", "export", "copy", "--params", PRESET)
+    assert refused.code != 0
+    assert "copies its teacher's attention" in refused.text
+
+
 def test_misspelt_key_is_named(study: Study) -> None:
     lock = (study.folder / "studies/smoke/dvc.lock").read_bytes()
     with study.kept_file(PRESET):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -134,6 +135,26 @@ def verify(arguments: argparse.Namespace) -> None:
         sys.exit("\n".join(f"error: {problem}" for problem in problems))
 
 
+def export(arguments: argparse.Namespace) -> None:
+    """Writes a trained student, or a fine-tuned teacher, as a folder that timm opens, with a model card."""
+    from attention_transfer import config, lock_file
+    from attention_transfer.commands import export
+
+    # So that what is unfinished is removed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    study = config.load(arguments.params)
+    graph = lock_file.path(study.name).with_name("dvc.yaml")
+    wishes = export.Wishes(
+        folder=arguments.out,
+        onnx=arguments.onnx,
+        push=arguments.push,
+        public=arguments.public,
+        licence=arguments.license,
+    )
+    before = "" if graph == Path("dvc.yaml") else f"{graph}:"
+    export.export(study, arguments.name, arguments.seed, wishes, graph=before)
+
+
 def remake(arguments: argparse.Namespace) -> None:
     """Makes the outputs of one stage anew, whatever DVC takes them for: for damaged files."""
     from attention_transfer.commands import remake
@@ -217,6 +238,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "detectable": detectable,
     "compare": compare,
     "verify": verify,
+    "export": export,
     "remake": remake,
     "run": run,
     "report": report,
@@ -230,6 +252,20 @@ def _jobs(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of stages: give 1 or more")
     return int(text)
+
+
+def _describe_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("name", metavar="RUN", help="a run, or one of finetuned_teachers")
+    command.add_argument("--seed", type=int, help="of the student (default: the study's first)")
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="default: exports/<study>/<run>-<seed>")
+    command.add_argument("--onnx", action="store_true", help="writes model.onnx too, and checks it")
+    command.add_argument(
+        "--license", metavar="ID", help="of the model, as the Hugging Face hub names it, such as apache-2.0"
+    )
+    command.add_argument(
+        "--push", metavar="OWNER/NAME", help="uploads it to the Hugging Face hub, where you alone may read it"
+    )
+    command.add_argument("--public", action="store_true", help="with --push: anyone may read it")
 
 
 def main() -> None:
@@ -249,6 +285,7 @@ def main() -> None:
             "prune",
             "run",
             "report",
+            "export",
         ):
             command.add_argument("--params", type=Path, default=Path("params.yaml"))
     for name in ("plan", "status", "compare", "doctor"):
@@ -276,6 +313,7 @@ def main() -> None:
         "--teacher", type=Path, help="its weights, safetensors (default: it is pre-trained on the images)"
     )
     commands.choices["new"].add_argument("--heads", type=int, help="of the teacher: its weights do not tell")
+    _describe_export(commands.choices["export"])
     commands.choices["remake"].add_argument("stage", help="as DVC names it, such as train@copy-0")
     commands.choices["run"].add_argument("--jobs", type=_jobs, default=1, help="stages at a time")
     commands.choices["run"].add_argument(

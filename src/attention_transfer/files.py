@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import filecmp
 import glob
 import hashlib
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,28 +35,83 @@ def atomic(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        _fsync(temporary)
         temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _fsync(path.parent)
     except OSError as error:
-        raise StudyError(
-            f"cannot be written: {error.strerror or error}",
-            where=str(path),
-            remedy="free disk room, or make the folder writable, and start again: finished work is kept",
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
         with contextlib.suppress(OSError):  # a folder that cannot be written holds no temporary either
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Gives a temporary folder beside `path`, which takes its place, whole, only when the block has succeeded.
+
+    A folder that is there and holds the same files is kept.
+
+    Raises:
+        StudyError: something else is there, or nothing can be written.
+    """
+    whole = path.absolute()  # the present folder has no name of its own
+    temporary = whole.with_name(f"{TEMPORARY}{os.getpid()}-{whole.name}")
+    try:
+        whole.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(whole)
+        temporary.mkdir()
+        yield temporary
+        for inner in [*temporary.rglob("*"), temporary]:
+            _fsync(inner)
+        if path.exists() or path.is_symlink():
+            _require_same(temporary, path)
+            return
+        temporary.rename(path)
+        _fsync(whole.parent)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _require_same(made: Path, path: Path) -> None:
+    """StudyError unless a folder holds the files that have been made, and no others."""
+    wanted = {str(file.relative_to(made)) for file in made.rglob("*")}
+    found = {str(file.relative_to(path)) for file in path.rglob("*")} if path.is_dir() else set()
+    equal, *_ = filecmp.cmpfiles(made, path, wanted & found, shallow=False)
+    if different := sorted((wanted | found) - set(equal)):
+        raise StudyError(
+            f"is there already, and is something else: {', '.join(different[:3])} "
+            f"{'differs' if len(different) == 1 else 'differ'}",
+            where=str(path),
+            remedy="name another folder, or remove this one",
+        )
+
+
+def _fsync(path: Path) -> None:
+    """Puts a file's content, or a folder's list of names, on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _unwritable(path: Path, error: OSError) -> StudyError:
+    return StudyError(
+        f"cannot be written: {error.strerror or error}",
+        where=str(path),
+        remedy="free disk room, or make the folder writable, and start again: finished work is kept",
+    )
+
+
 def _remove_leftovers(path: Path) -> None:
     for left in path.parent.glob(f"{TEMPORARY}*-{glob.escape(path.name)}"):
-        if is_left_over(left):
+        if not is_left_over(left):
+            continue
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
             left.unlink(missing_ok=True)
 
 

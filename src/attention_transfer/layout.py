@@ -108,6 +108,10 @@ class Layout:
     def student(self, run: str, seed: int) -> Path:
         return self.own / "students" / run / str(seed)
 
+    def export(self, run: str, seed: int) -> Path:
+        """Where a copy of a student goes that leaves the study: no stage's output."""
+        return Path("exports") / self.study / f"{run}-{seed}"
+
     def predictions(self, run: str, seed: int) -> Path:
         return self.own / "predictions" / run / str(seed)
 
