@@ -176,5 +176,14 @@ def judge(
             untested[further.id] = further.missing
             continue
         found = contrasts.judged_by(further.rule, effects, margin=SLOWER, confidence=confidence)
-        judged.append(exploratory(further, found, confidence, further.unit))
+        judged.append(
+            exploratory(
+                further,
+                found,
+                confidence,
+                effect_text=further.effect,
+                margin=SLOWER if further.rule in ("equal", "not below") else None,
+                unit=further.unit,
+            )
+        )
     return judged, untested
