@@ -135,6 +135,31 @@ def test_the_page_says_what_it_must(report: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_markdown_has_whole_tables_and_folds(report: Path) -> None:
+    lines = (report / "report.md").read_text().splitlines()
+    folds = [line for line in lines if line.startswith(("<details>", "</details>"))]
+    assert [line[:9] for line in folds] == ["<details>", "</details"] * (len(folds) // 2)
+    columns, tables = 0, 0
+    for place, line in enumerate(lines):
+        if not line.startswith("|"):
+            columns = 0
+            continue
+        found = len(re.findall(r"(?<!\\)\|", line))
+        tables += not columns
+        assert columns in (0, found), line
+        if not columns:
+            assert lines[place - 1] == "", "a code host needs an empty line in front of a table"
+            assert set(lines[place + 1]) <= set("|:-"), line
+        columns = found
+    assert tables > 20
+    for place, line in enumerate(lines):
+        if line.startswith("<details>"):
+            assert lines[place + 1] == ""
+        if line == "</details>":
+            assert lines[place - 1] == ""
+
+
+@pytest.mark.slow
 def test_claims_json(report: Path) -> None:
     claims = json.loads((report / "claims.json").read_text())
     assert {claim["experiment"] for claim in claims} == {

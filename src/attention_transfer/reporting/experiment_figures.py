@@ -29,6 +29,7 @@ from attention_transfer.reporting.figures import (
     say,
 )
 from attention_transfer.reporting.records import Records
+from attention_transfer.reporting.tables import level
 
 TRANSFERRING = ("copy", "distill")
 
@@ -94,7 +95,9 @@ def _rows(experiment: Experiment, records: Records, report: Report) -> Drawing:
             run, (value, 1), xycoords=("data", "axes fraction"), xytext=(-2, 2), textcoords="offset points",
             rotation=30, fontsize=7, color="#333333", rotation_mode="anchor",
         )  # fmt: skip
-    caption = "Test accuracy by run: mean over seeds and interval; small points: single seeds."
+    caption = (
+        f"Test accuracy by run: mean over seeds and {level(records)} interval; small points: single seeds."
+    )
     if beside:
         caption += f" Dashed: {listed(beside)} of the main comparison, means over the same seeds."
     name_rows(axes, list(study.runs), include=tuple(beside.values()))
@@ -194,7 +197,8 @@ def _by_count(
     figure.set_layout_engine("constrained")
     caption = (
         f"Gap recovered, in per cent of the mean gap between {scale.names[0]} (0) and {scale.names[1]} (100), by the "
-        f"number of {label}: mean over seeds and interval, which goes on beyond an edge that it reaches."
+        f"number of {label}: mean over seeds and {level(records)} interval, which goes on beyond an edge that it "
+        "reaches."
     )
     if not all(whole in points for *_, points in series.values()):
         caption += " The right end is the main comparison's run."
@@ -267,8 +271,8 @@ def _families(experiment: Experiment, records: Records, report: Report) -> Drawi
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     caption = (
         "Teachers with a component of another family: test accuracy minus that of the plain student from scratch, mean "
-        "over seeds and interval (cut off at the edge where few seeds leave it wide). Plain: the student lacks the "
-        "component; matched: it has it; alone: from scratch, with the component and without transfer."
+        f"over seeds and {level(records)} interval (cut off at the edge where few seeds leave it wide). Plain: the student "
+        "lacks the component; matched: it has it; alone: from scratch, with the component and without transfer."
     )
     return _drawing(experiment, caption, figure, records)
 
