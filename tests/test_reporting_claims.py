@@ -243,7 +243,7 @@ def test_the_gap_recovered_is_told_in_per_cent_of_it(tmp_path: Path) -> None:
         (
             {"effect": Interval(-0.03, -0.04, -0.02, 3), "verdict": "contradicted", "margin": 0.01},
             "“Copying helps” is contradicted here: copy minus scratch is −3.00 points "
-            "(95 % interval −4.00 to −2.00; 3 seeds; less than 1 point counts as no difference).",
+            "(95 % interval −4.00 to −2.00; 3 seeds; equivalence margin 1 point).",
         ),
         (
             {"effect": Interval(0.25, 0.125, 0.375, 3), "unit": "nats", "confidence": 0.9},

@@ -8,8 +8,9 @@ from attention_transfer.evaluation.statistics import Interval
 from attention_transfer.reporting import claims, follow_ups, wording
 from attention_transfer.reporting.claims import Claim
 from attention_transfer.reporting.contrasts import CONTRASTS, Verdict
+from attention_transfer.reporting.further_claims import FURTHER
 
-KNOWN = {*claims.RULES, *(contrast.id for contrast in CONTRASTS)}
+KNOWN = {*claims.RULES, *(each.id for each in (*CONTRASTS, *FURTHER))}
 
 
 def claim(name: str, verdict: Verdict) -> Claim:

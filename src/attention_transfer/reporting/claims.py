@@ -179,7 +179,7 @@ class Claim:
             return ""
         margin = 100 * self.margin if self._in_hundredths else self.margin
         unit = self.unit.removesuffix("s") if margin == 1 else self.unit
-        return f"less than {margin:g} {unit} counts as no difference"
+        return f"equivalence margin {margin:g} {unit}"
 
     @property
     def _correction_text(self) -> str:

@@ -271,8 +271,8 @@ def _families(experiment: Experiment, records: Records, report: Report) -> Drawi
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     caption = (
         "Teachers with a component of another family: test accuracy minus that of the plain student from scratch, mean "
-        f"over seeds and {level(records)} interval (cut off at the edge where few seeds leave it wide). Plain: the student "
-        "lacks the component; matched: it has it; alone: from scratch, with the component and without transfer."
+        f"over seeds and {level(records)} interval (cut off at the edge where few seeds leave it wide). Plain: the "
+        "student lacks the component; matched: it has it; alone: from scratch, with the component and without transfer."
     )
     return _drawing(experiment, caption, figure, records)
 

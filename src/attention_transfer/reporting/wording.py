@@ -87,6 +87,11 @@ EFFECTS: Mapping[str, str] = {
     },
     **{f"{name}/copy": "copy minus the midpoint of scratch and finetune" for name in _SETTINGS},
     **{f"{name}/distill": "distill minus finetune" for name in _SETTINGS},
+    "similarity/features_differ": "the CKA of distill with finetune, minus that of two finetune students,",
+    "similarity/query_maps": "the divergence of copy_query’s maps from the teacher’s, minus half of that of scratch,",
+    "maps/objects": "the attention that copy, whose maps are the teacher’s, gives the object, minus that of scratch,",
+    "cost/finetune_cheapest": "the time that a step of distill takes beyond one of finetune",
+    "cost/like_distillation": "the time that a step of distill saves against one of distill_logits",
     "labels/copy": "copy_labels minus the midpoint of scratch_labels and finetune_labels",
 }
 """By claim, what its effect is."""
