@@ -123,7 +123,7 @@ def build(
     )
     headings = EXPERIMENTS | {name: experiment_records.heading(name) for name in experiments}
     context = _context(records, all_tables) | _verdicts(judged, untested, headings, fixed)
-    found = sections.of_study(
+    parts = sections.of_study(
         study,
         params,
         more,
@@ -133,8 +133,8 @@ def build(
     )
     context |= {
         "answer": answer.sentences(records, report, judged),
-        "ui": {section.anchor: _addresses(ui or {}, section.experiment) for section in found},
-        "sections": found,
+        "ui": {section.anchor: _addresses(ui or {}, section.experiment) for section in parts},
+        "sections": parts,
         "params": params.as_posix(),
     }
     captions = {drawing.name: drawing.caption for drawing in drawings}
