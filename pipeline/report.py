@@ -26,6 +26,7 @@ def main(this: Stage) -> None:
                 layout.metrics,
                 layout.artifacts,
                 layout.report,
+                params=this.params_file,
                 experiments=experiments,
                 rules_fixed=dict(zip(rules.names(), provenance.last_changes(rules.FILE), strict=True)),
                 ui={

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import synthetic_records as synthetic
@@ -11,7 +12,7 @@ from synthetic_records import Numbers
 
 from attention_transfer.config import Study
 from attention_transfer.evaluation.statistics import Interval
-from attention_transfer.reporting import claims
+from attention_transfer.reporting import claims, wording
 from attention_transfer.reporting.claims import Claim
 from attention_transfer.reporting.contrasts import Verdict
 from attention_transfer.reporting.records import load
@@ -73,7 +74,7 @@ def test_the_shift_claim_is_a_difference_of_differences(tmp_path: Path) -> None:
     claim = judged["shift/distill_falls_below"]
     assert claim.verdict == "not resolved"
     assert abs(claim.effect.mean) < 0.005
-    assert "contradicted" in claim.note, "that they are not equal in-distribution is reported alongside"
+    assert "contradicted" in claim.note, "that they are not equal without shift is reported alongside"
     judged, _ = judge(tmp_path, Numbers(drop={"distill": 0.15}))
     assert judged["shift/distill_falls_below"].effect.mean == pytest.approx(-0.05, abs=0.002)
 
@@ -125,16 +126,31 @@ def test_one_seed_resolves_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bound", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_become_null(bound: float) -> None:
-    claim = Claim("main/copy", "c", "p", "r", Interval(0.9, bound, bound, 1), "not resolved")
+    claim = made(effect=Interval(0.9, bound, bound, 1), verdict="not resolved")
     assert json.loads(json.dumps(claim.as_json(), allow_nan=False))["interval"] == [None, None]
 
 
 def test_every_claim_has_rule_text_and_published_direction() -> None:
     assert set(claims.RULES) == set(claims.CLAIMS) == set(claims.PUBLISHED)
+    assert set(claims.RULES) <= set(wording.EFFECTS)
+
+
+def made(name: str = "main/copy", **changed: Any) -> Claim:
+    """A claim about nothing."""
+    values = {
+        "claim": "Copying helps.",
+        "published": "p",
+        "rule": "r",
+        "effect": Interval(0.1, 0.05, 0.15, 5),
+        "verdict": "supported",
+        "effect_text": "copy minus scratch",
+        "confidence": 0.95,
+    }
+    return Claim(name, **values | changed)
 
 
 def main_claim(name: str, p_value: float, verdict: Verdict = "supported") -> Claim:
-    return Claim(name, "c", "p", "r", Interval(0.1, 0.05, 0.15, 5), verdict, p_value=p_value)
+    return made(name, verdict=verdict, p_value=p_value)
 
 
 def test_a_main_claim_must_survive_holms_correction() -> None:
@@ -144,7 +160,9 @@ def test_a_main_claim_must_survive_holms_correction() -> None:
     )
     assert (first.verdict, first.p_adjusted) == ("supported", pytest.approx(0.024))
     assert (second.verdict, second.p_adjusted) == ("not resolved", pytest.approx(0.055))
-    assert second.note.startswith("contradicted by itself, not after Holm's correction")
+    assert (first.uncorrected, second.uncorrected) == (None, "contradicted")
+    assert second.as_json()["verdict_uncorrected"] == "contradicted"
+    assert "5 seeds; contradicted by itself, not after Holm’s correction)." in second.sentence
 
 
 def test_claims_that_are_not_main_ones_need_no_correction() -> None:
@@ -196,10 +214,43 @@ def test_the_gap_recovered_is_told_in_per_cent_of_it(tmp_path: Path) -> None:
     assert judged["main/distill"].measured.endswith(" points")
 
 
-def test_a_claim_can_be_quoted() -> None:
-    effect = Interval(0.5, 0.4, 0.6, 5)
-    claim = Claim("main/copy", "Copying helps.", "p", "r", effect, "not resolved", unit="% of the gap")
-    assert (
-        claim.sentence
-        == "“Copying helps” is not resolved here: 50.00 [40.00, 60.00] % of the gap over 5 seeds."
-    )
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        (
+            {"effect": Interval(-0.005, -0.0125, 0.002, 5), "verdict": "not resolved"},
+            "“Copying helps” is not resolved here: copy minus scratch is −0.50 points "
+            "(95 % interval −1.25 to 0.20; 5 seeds).",
+        ),
+        (
+            {"effect": Interval(0.5, 0.4, 0.6, 5), "unit": "% of the gap", "effect_text": "the gain"},
+            "“Copying helps” is supported here: the gain is 50.00 % of the gap "
+            "(95 % interval 40.00 to 60.00; 5 seeds).",
+        ),
+        (
+            {
+                "effect": Interval(0.5, -math.inf, math.inf, 5),
+                "unit": "% of the gap",
+                "verdict": "not resolved",
+            },
+            "“Copying helps” is not resolved here: copy minus scratch is 50.00 % of the gap "
+            "(interval unbounded; 5 seeds).",
+        ),
+        (
+            {"effect": Interval(0.02, math.nan, math.nan, 1), "verdict": "not resolved"},
+            "“Copying helps” is not resolved here: copy minus scratch is 2.00 points (no interval; 1 seed).",
+        ),
+        (
+            {"effect": Interval(-0.03, -0.04, -0.02, 3), "verdict": "contradicted", "margin": 0.01},
+            "“Copying helps” is contradicted here: copy minus scratch is −3.00 points "
+            "(95 % interval −4.00 to −2.00; 3 seeds; equivalence margin 1 point).",
+        ),
+        (
+            {"effect": Interval(0.25, 0.125, 0.375, 3), "unit": "nats", "confidence": 0.9},
+            "“Copying helps” is supported here: copy minus scratch is 0.250 nats "
+            "(90 % interval 0.125 to 0.375; 3 seeds).",
+        ),
+    ],
+)
+def test_a_claim_can_be_quoted(changed: dict[str, Any], sentence: str) -> None:
+    assert made(**changed).sentence == sentence

@@ -54,8 +54,14 @@ def drawn(records: Records, name: str) -> Drawing:
 def test_lines_run_from_scratch_to_the_main_comparison(
     name: str, labels: set[str], counts: range, records: Records
 ) -> None:
-    (axes,) = drawn(records, name).figure.axes
-    lines = {line.get_label(): line for line in axes.lines if not str(line.get_label()).startswith("_")}
+    panels = drawn(records, name).figure.axes
+    lines = {
+        line.get_label(): line
+        for axes in panels
+        for line in axes.lines
+        if not str(line.get_label()).startswith("_")
+    }
+    assert len(panels) == (2 if len(labels) > 2 else 1), "a panel a method, where it has several lines"
     assert set(lines) == labels
     scratch, finetune, copy = (records.values("accuracy", run) for run in ("scratch", "finetune", "copy"))
     found = experiment(name)
@@ -71,6 +77,16 @@ def test_lines_run_from_scratch_to_the_main_comparison(
             ]
             gains = [found.accuracy[run][seed] - scratch[seed] for seed in found.study.seeds]
             assert heights[2] == pytest.approx(100 * np.mean(gains) / gap)
+
+
+def test_the_line_of_an_experiment_with_all_layers_ends_there(records: Records) -> None:
+    (axes,) = drawn(records, "layers_rate").figure.axes
+    lines = {str(line.get_label()): np.asarray(line.get_ydata(), dtype=float) for line in axes.lines}
+    found, scratch = experiment("layers_rate"), records.values("accuracy", "scratch")
+    gap = (records.values("accuracy", "finetune") - scratch).mean()
+    gains = [found.accuracy["distill_rate"][seed] - scratch[seed] for seed in found.study.seeds]
+    for end in ("first", "last"):
+        assert lines[f"distill, {end} n"][-1] == pytest.approx(100 * np.mean(gains) / gap)
 
 
 @pytest.mark.slow
@@ -90,9 +106,16 @@ def test_other_experiments_have_a_row_for_every_run(records: Records) -> None:
     for name in ("qkv", "task_data"):
         (axes,) = drawn(records, name).figure.axes
         assert [label.get_text() for label in axes.get_yticklabels()] == list(experiment(name).study.runs)
-        dashed = [line for line in axes.lines if line.get_linestyle() == "--"]
+        dashed = [
+            float(np.asarray(line.get_xdata())[0]) for line in axes.lines if line.get_linestyle() == "--"
+        ]
         # With images of its own there is nothing of the main comparison to compare with.
-        assert len(dashed) == (2 if name == "qkv" else 0)
+        names = ["scratch", "finetune", "copy"] if name == "qkv" else []
+        seeds = len(experiment(name).study.seeds)  # the first of the records'
+        assert dashed == pytest.approx(
+            [100 * records.values("accuracy", run)[:seeds].mean() for run in names]
+        )
+        assert [text.get_text() for text in axes.texts] == names
 
 
 def test_an_experiment_without_test_accuracies_has_no_figure(records: Records) -> None:

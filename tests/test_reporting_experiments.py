@@ -156,10 +156,31 @@ def test_the_page_has_a_section_for_each_experiment(
 ) -> None:
     study, metrics, artifacts, studies = written
     fixed = {"qkv/query": "0123456789abcdef", "qkv/value": None}
-    page.build(study, metrics, artifacts, tmp_path / "report", experiments=studies, rules_fixed=fixed)
+    page.build(
+        study,
+        metrics,
+        artifacts,
+        tmp_path / "report",
+        params=Path("presets/synthetic.yaml"),
+        experiments=studies,
+        rules_fixed=fixed,
+        ui={
+            "main": {"synthetic: comparison": "http://here/#main", "synthetic: shift": "http://here/#shift"},
+            "qkv": {"synthetic/qkv: comparison": "http://here/#qkv"},
+        },
+    )
     html = (tmp_path / "report" / "report.html").read_text()
     section = html[html.index('<section id="qkv">') :].partition("</section>")[0]
     assert "<code>make study STUDY=synthetic/qkv</code>" in section
+    assert "Params, in <code>presets/synthetic/qkv.yaml</code>" in section
+    assert '<a href="http://here/#qkv">synthetic/qkv: comparison</a>' in section
+    main = html[html.index('<section id="main">') :].partition("</section>")[0]
+    assert "<code>make study STUDY=synthetic</code>" in main
+    assert "Params, in <code>presets/synthetic.yaml</code>" in main
+    assert "http://here/#main" in main
+    shift = html[html.index('<section id="shifts">') :].partition("</section>")[0]
+    assert "http://here/#shift" in shift
+    assert "http://here/#main" not in shift
     assert section.count('<span class="soft">exploratory</span>') == 2
     assert html.count('<span class="soft">exploratory</span>') > 2
     assert re.search(r'<a href="#claims-qkv">Queries, keys, values</a></th><td>[^/]*</td><td>', html)
@@ -169,11 +190,14 @@ def test_the_page_has_a_section_for_each_experiment(
     text = (tmp_path / "report" / "report.md").read_text()
     part = text[text.index("## Queries, keys, values") :].partition("\n## ")[0]
     assert "Copying queries alone is at least as good" in part
-    assert "- **qkv/query** (0123456789ab): copy_query − copy" in text
+    assert "Rule (0123456789ab): copy_query − copy" in part
+    assert "To reproduce it: `make study STUDY=synthetic/qkv`; params: `presets/synthetic/qkv.yaml`." in part
     found: list[dict[str, Any]] = json.loads((tmp_path / "report" / "claims.json").read_text())
     assert {"qkv/query", "qkv/value", "main/copy"} <= {claim["id"] for claim in found}
     assert {claim["exploratory"] for claim in found if claim["experiment"] == "qkv"} == {True}
     assert {claim["exploratory"] for claim in found if claim["experiment"] == "main"} == {False}
+    commits = {claim["id"]: claim["rule_commit"] for claim in found}
+    assert (commits["qkv/query"], commits["qkv/value"]) == ("0123456789abcdef", None)
     page.build(study, metrics, artifacts, tmp_path / "report")
     assert 'id="qkv"' not in (tmp_path / "report" / "report.html").read_text()
     assert not (tmp_path / "report" / "tables" / "experiment_qkv.csv").exists()
@@ -211,8 +235,8 @@ def test_the_page_says_which_experiments_have_not_been_run(
     page.build(more, metrics, artifacts, tmp_path / "report", experiments=studies | later)
     text = (tmp_path / "report" / "report.md").read_text()
     assert "## Queries, keys, values" in text
-    assert "maps of a teacher pre-trained by dino, copied, beat scratch" in text
-    assert "the experiment pretraining has not been run" in text
+    assert "- 6, because the experiment pretraining has not been run\n" in text
+    assert text.count("pretraining has not been run") == 1, "one line an experiment"
     assert not any(
         claim["experiment"] == "pretraining"
         for claim in json.loads((tmp_path / "report" / "claims.json").read_text())

@@ -11,7 +11,7 @@ import synthetic_records as synthetic
 
 from attention_transfer import run_record
 from attention_transfer.config import Study
-from attention_transfer.reporting import further_claims
+from attention_transfer.reporting import further_claims, wording
 from attention_transfer.reporting.claims import Claim
 from attention_transfer.reporting.further_claims import FURTHER
 from attention_transfer.reporting.records import load
@@ -117,5 +117,6 @@ def test_every_claim_says_what_it_is() -> None:
     for further in FURTHER:
         assert further.id.split("/")[0] in ("similarity", "maps", "cost")
         assert further.claim.endswith(".")
+        assert further.id in wording.EFFECTS
         assert further.effect in further.rule_text
         assert "margin" not in further.rule_text

@@ -82,7 +82,11 @@ def test_the_page_needs_no_network_and_no_other_file_to_be_seen(report: Path) ->
         "the browser keeps it from asking for anything; a test in a browser sees to that"
     )
     assert len(html.encode()) < 8e6
-    assert all(value for tag, key, value in tags.attributes if tag == "img" and key == "alt")
+    assert len(
+        [value for tag, key, value in tags.attributes if (tag, key) == ("img", "alt") and value]
+    ) == len(FIGURES)
+    ids = [value for _, key, value in tags.attributes if key == "id"]
+    assert len(ids) == len(set(ids))
     assert "prefers-color-scheme: dark" in html
     assert 'name="viewport"' in html
 
@@ -95,7 +99,7 @@ def test_links_lead_somewhere(report: Path) -> None:
     for target in targets:
         if target.startswith("#"):
             assert target[1:] in anchors
-        elif target != "../tune/":
+        elif target != "../tune/" and "://" not in target:
             assert (report / target).exists(), target
     for target in re.findall(r"\]\(([^)]*)\)", (report / "report.md").read_text()):
         assert target == "../tune/" or (report / target).exists(), target
@@ -131,6 +135,31 @@ def test_the_page_says_what_it_must(report: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_markdown_has_whole_tables_and_folds(report: Path) -> None:
+    lines = (report / "report.md").read_text().splitlines()
+    folds = [line for line in lines if line.startswith(("<details>", "</details>"))]
+    assert [line[:9] for line in folds] == ["<details>", "</details"] * (len(folds) // 2)
+    columns, tables = 0, 0
+    for place, line in enumerate(lines):
+        if not line.startswith("|"):
+            columns = 0
+            continue
+        found = len(re.findall(r"(?<!\\)\|", line))
+        tables += not columns
+        assert columns in (0, found), line
+        if not columns:
+            assert lines[place - 1] == "", "a code host needs an empty line in front of a table"
+            assert set(lines[place + 1]) <= set("|:-"), line
+        columns = found
+    assert tables > 20
+    for place, line in enumerate(lines):
+        if line.startswith("<details>"):
+            assert lines[place + 1] == ""
+        if line == "</details>":
+            assert lines[place - 1] == ""
+
+
+@pytest.mark.slow
 def test_claims_json(report: Path) -> None:
     claims = json.loads((report / "claims.json").read_text())
     assert {claim["experiment"] for claim in claims} == {
@@ -140,9 +169,25 @@ def test_claims_json(report: Path) -> None:
     for claim in claims:
         assert {
             *("id", "experiment", "claim", "published", "effect"),
-            *("interval", "n_seeds", "rule", "verdict"),
+            *("interval", "n_seeds", "rule", "rule_commit", "verdict", "sentence", "effect_text"),
         } <= set(claim)
+        assert claim["sentence"].startswith("“")
+        assert claim["sentence"].count(claim["effect_text"]) == 1
         assert claim["verdict"] in ("supported", "contradicted", "not resolved")
+
+
+@pytest.mark.slow
+def test_the_text_of_a_figure_says_its_numbers(report: Path) -> None:
+    tags = parse((report / "report.html").read_text())
+    texts = [value for tag, key, value in tags.attributes if (tag, key) == ("img", "alt")]
+    for start, number in {
+        "Test accuracy by run.": r"finetune: 8\d\.\d \[",
+        "Gain of each ensemble": r"finetune_distill: 1\.\d \[",
+        "Test accuracy of the ensembles": r"finetune \+ distill: 8\d\.\d \[",
+        "Accuracy under shift against": r"scratch: \d\d\.\d without, \d\d\.\d under shift",
+    }.items():
+        (text,) = [text for text in texts if text.startswith(start)]
+        assert re.search(number, text), text
 
 
 @pytest.mark.slow
@@ -200,7 +245,9 @@ def test_equal_records_give_equal_bytes_and_a_study_of_few_parts_has_a_page(tmp_
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes(), file
     html = " ".join((tmp_path / "first" / "report.html").read_text().split())
     parse(html)
-    assert "Not tested in this study: 5" in html
+    assert "Not tested in this study: 5 claims" in html
+    assert "<li>3, because the study has no ensemble of finetune and distill: <q>" in html
+    assert "<li>2, because evaluation.sets does not name shifts: <q>" in html
     assert "no bounded interval" in html
     assert "Distribution shift</h2>" not in html
 

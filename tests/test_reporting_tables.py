@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -278,3 +279,32 @@ def test_a_latex_table_has_a_row_for_each_row(tmp_path: Path) -> None:
         for line in (lines[rules[0] + 1], *body):
             assert line.endswith(r"\\")
             assert len(re.findall(r"(?<!\\)&", line)) == table.shown.shape[1] - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [2, tables.LATEX_ROWS + 30])
+def test_latex_sets_a_table_within_the_text(rows: int, tmp_path: Path) -> None:
+    program = shutil.which("pdflatex")
+    if program is None:
+        pytest.skip("no LaTeX: install texlive-latex-recommended")
+    cells = {
+        f"a long name of column {n}, %": [f"−{n}.25 [−1.00, {row}.00]" for row in range(rows)]
+        for n in range(9)
+    }
+    shown = pd.DataFrame({"run_name & more": [f"run_{row} <{{~^" for row in range(rows)]} | cells)
+    (tmp_path / "table.tex").write_text(
+        tables.latex(
+            tables.Table("wide", "R² of 100 % – of_all", shown, shown if rows < 9 else shown.iloc[:, :4])
+        )
+    )
+    (tmp_path / "paper.tex").write_text(
+        "\\documentclass{article}\\usepackage{booktabs,graphicx,longtable}"
+        "\\begin{document}\\input{table}\\end{document}"
+    )
+    answer = subprocess.run(
+        [program, "-interaction=nonstopmode", "-halt-on-error", "paper.tex"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert answer.returncode == 0, answer.stdout[-2000:]
+    assert "Overfull" not in answer.stdout
+    assert f"({1 if rows < 9 else 2} page" in answer.stdout

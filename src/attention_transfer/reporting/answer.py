@@ -7,30 +7,40 @@ from collections import Counter
 from collections.abc import Sequence
 
 from attention_transfer.config import Report
+from attention_transfer.evaluation.statistics import Interval
 from attention_transfer.reporting.claims import MAIN, Claim
 from attention_transfer.reporting.contrasts import Verdict
 from attention_transfer.reporting.records import Records
 from attention_transfer.reporting.tables import level, per_cent, run_gap, test_accuracy
 
 VERDICTS: tuple[Verdict, ...] = ("supported", "contradicted", "not resolved")
+ABOUT = 0.25
+"""An interval around a half that is no wider than this is about a half; a wider one is some part."""
 
 
 def sentences(records: Records, report: Report, claims: Sequence[Claim]) -> list[str]:
-    """What attention alone is worth, and how the claims stand."""
+    """What attention alone is worth, in two sentences, and how the claims stand."""
     copied, distilled = (run_gap(records, report, run) for run in (report.copied, report.distilled))
-    scratch, finetune = (
-        per_cent(test_accuracy(records, run), digits=1) for run in (report.scratch, report.finetune)
-    )
-    found = [f"Training from scratch gets {scratch} % of the test images right, fine-tuning {finetune} %."]
+    accuracy = {
+        name: per_cent(test_accuracy(records, getattr(report, name)), digits=1)
+        for name in ("scratch", "finetune", "copied", "distilled")
+    }
     if any(math.isinf(gap.low) for gap in (copied, distilled)):
-        found.append(
-            "With these seeds that gap is not shown to differ from zero: no share of it can be told."
-        )
+        found = [
+            "With these seeds, fine-tuning is not shown to differ from training from scratch: no share of that gap can "
+            "be told."
+        ]
     else:
-        found.append(
-            f"Of that gap, the teacher’s attention alone recovers {per_cent(copied, digits=0)} % where it is copied, "
-            f"and {per_cent(distilled, digits=0)} % where the student learns it and then stands alone."
-        )
+        found = [
+            f"Where the teacher looks, copied at every pass, is worth {share(copied)} what fine-tuning gains over "
+            f"training from scratch ({per_cent(copied, digits=0)} %); learned, by a student that then stands alone, it "
+            f"is worth {share(distilled)} it ({per_cent(distilled, digits=0)} %)."
+        ]
+    found.append(
+        f"Of the test images, training from scratch gets {accuracy['scratch']} % right, fine-tuning "
+        f"{accuracy['finetune']} %, copied attention {accuracy['copied']} %, learned attention "
+        f"{accuracy['distilled']} %."
+    )
     found.append(f"Intervals: {level(records)}, over {_count(len(records.study.seeds), 'seed')}.")
     for kind, chosen in (
         ("main claim", [claim for claim in claims if claim.id in MAIN]),
@@ -39,6 +49,21 @@ def sentences(records: Records, report: Report, claims: Sequence[Claim]) -> list
         if chosen:
             found.append(f"Of {_count(len(chosen), kind)}, {counted(chosen)}.")
     return found
+
+
+def share(gap: Interval) -> str:
+    """A share of the gap in words that the whole interval bears out, to stand in front of what it is a share of."""
+    low, high = gap.low, gap.high
+    if math.isnan(low):  # one seed
+        return "a share, which one seed cannot tell, of"
+    if low > 1:
+        return "more than all of"
+    if low > 0.5:
+        return "most of" if high < 1 else "most or all of"
+    if low > 0:
+        about = high < 1 and high - low <= ABOUT
+        return "less than half of" if high < 0.5 else "about half of" if about else "a part of"
+    return "less than nothing of" if high < 0 else "nothing that these seeds could show of"
 
 
 def counted(claims: Sequence[Claim]) -> str:

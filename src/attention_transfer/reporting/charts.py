@@ -15,7 +15,7 @@ import numpy as np
 
 from attention_transfer.config import Report, Study
 from attention_transfer.evaluation.statistics import Interval, mean_interval
-from attention_transfer.reporting.experiments import Experiment
+from attention_transfer.reporting.experiments import Experiment, listed, references
 from attention_transfer.reporting.figures import METHOD_COLOURS, looks
 from attention_transfer.reporting.records import UNSHIFTED, Records
 from attention_transfer.reporting.tables import level
@@ -97,13 +97,9 @@ def _experiment(experiment: Experiment, records: Records, report: Report) -> Cha
         f"{experiment.heading}: test accuracy by run. Marker and bar: mean over seeds and {level(records)} interval; "
         "small points: single seeds. A bar that reaches the edge goes on beyond it."
     )
-    lines = {}
-    if not experiment.study.own_data:
-        lines = {
-            f"{run}, main comparison": float(np.mean(list(_by_seed(records, run).values())))
-            for run in (report.scratch, report.finetune)
-        }
-        caption += f" Dashed: the main comparison's {report.scratch} and {report.finetune}, means."
+    lines = {run: 100 * value for run, value in references(experiment, records, report).items()}
+    if lines:
+        caption += f" Dashed: {listed(lines)} of the main comparison, means over the same seeds."
     name = f"experiment_{experiment.name}"
     colours = _colours(experiment.study)
     return _rows(name, "test accuracy, %", values, colours, records, caption=caption, lines=lines)
@@ -174,12 +170,15 @@ def _rows(
     layers = [singles, bars, means]
     if lines:
         ruled = [{"line": line, "value": value} for line, value in lines.items()]
-        layers.insert(
-            0,
-            alt.Chart(_data(ruled)).mark_rule(strokeDash=[5, 4], color=TEXT_COLOUR, opacity=0.6, aria=False)
-            .encode(x=alt.X("value:Q", title=label))
-            .encode(tooltip=[alt.Tooltip("line:N"), alt.Tooltip("value:Q", title=label, format=".2f")]),
-        )  # fmt: skip
+        x, tip = alt.X("value:Q", title=label), [alt.Tooltip("line:N"), alt.Tooltip("value:Q", format=".2f")]
+        rules = alt.Chart(_data(ruled)).mark_rule(
+            strokeDash=[5, 4], color=TEXT_COLOUR, opacity=0.6, aria=False
+        )
+        names = alt.Chart(_data(ruled)).mark_text(
+            align="left", angle=330, color=TEXT_COLOUR, fontSize=11, aria=False
+        )
+        layers.insert(0, rules.encode(x=x, tooltip=tip))
+        layers.append(names.encode(x=x, y=alt.YValue(-4), text="line:N"))
     return _finished(name, alt.layer(*layers), ROW * len(rows), caption)
 
 

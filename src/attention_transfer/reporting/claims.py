@@ -6,8 +6,9 @@ The rules were written before the numbers. Effects and intervals are fractions o
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,7 +23,7 @@ from attention_transfer.evaluation.statistics import (
     mean_interval,
     paired_difference,
 )
-from attention_transfer.reporting import contrasts, robustness
+from attention_transfer.reporting import contrasts, robustness, tables, wording
 from attention_transfer.reporting.contrasts import Judged, Verdict
 from attention_transfer.reporting.experiments import Experiment, accuracies
 from attention_transfer.reporting.records import UNSHIFTED, Records
@@ -116,8 +117,12 @@ class Claim:
 
     Attributes:
         id: the experiment's id in the paper's list, and a name.
+        effect: with an interval at the level `confidence`.
+        effect_text: what the effect is, in words.
         note: what has to be known beside the verdict.
         exploratory: not one of the main claims, for which the study was designed.
+        margin: what counts as no difference, in the unit of the effect; None where the rule has none.
+        uncorrected: the verdict without Holm's correction, where that changed it.
         p_value: of the test behind the verdict; NaN with one seed.
         p_adjusted: by Holm, of a main claim; NaN of others.
         size: the effect in standard deviations of its values over seeds.
@@ -130,8 +135,13 @@ class Claim:
     rule: str
     effect: Interval
     verdict: Verdict
+    _: KW_ONLY
+    effect_text: str
+    confidence: float
     note: str = ""
     exploratory: bool = False
+    margin: float | None = None
+    uncorrected: Verdict | None = None
     p_value: float = math.nan
     p_adjusted: float = math.nan
     size: EffectSize | None = None
@@ -144,14 +154,36 @@ class Claim:
     @property
     def measured(self) -> str:
         """The effect with its interval and unit."""
-        shown = per_cent if self.unit == "points" or self.unit.startswith("%") else plain
+        shown = per_cent if self._in_hundredths else plain
         return f"{shown(self.effect)} {self.unit}"
 
     @property
     def sentence(self) -> str:
         """What a reader can quote."""
+        mean, _, rest = self.measured.partition(" ")
+        interval = "interval unbounded" if self.effect.n > 1 else "no interval"
+        if found := re.match(r"\[(\S+), (\S+)\]", rest):
+            interval = f"{100 * self.confidence:g} % interval {found[1]} to {found[2]}"
         seeds = f"{self.effect.n} seed{'s' if self.effect.n > 1 else ''}"
-        return f"“{self.claim.removesuffix('.')}” is {self.verdict} here: {self.measured} over {seeds}."
+        beside = "; ".join(filter(None, (interval, seeds, self._margin_text, self._correction_text)))
+        said = f"“{self.claim.removesuffix('.')}” is {self.verdict} here"
+        return f"{said}: {self.effect_text} is {mean} {self.unit} ({beside})."
+
+    @property
+    def _in_hundredths(self) -> bool:
+        return self.unit == "points" or self.unit.startswith("%")
+
+    @property
+    def _margin_text(self) -> str:
+        if self.margin is None:
+            return ""
+        margin = 100 * self.margin if self._in_hundredths else self.margin
+        unit = self.unit.removesuffix("s") if margin == 1 else self.unit
+        return f"equivalence margin {margin:g} {unit}"
+
+    @property
+    def _correction_text(self) -> str:
+        return f"{self.uncorrected} by itself, not after Holm’s correction" if self.uncorrected else ""
 
     def as_json(self) -> dict[str, Any]:
         """For claims.json; a number that is not finite becomes null."""
@@ -163,10 +195,14 @@ class Claim:
             "effect": _finite(self.effect.mean),
             "interval": [_finite(self.effect.low), _finite(self.effect.high)],
             "unit": self.unit,
+            "effect_text": self.effect_text,
+            "confidence": self.confidence,
+            "margin": self.margin,
             "n_seeds": self.effect.n,
             "rule": self.rule,
             "exploratory": self.exploratory,
             "verdict": self.verdict,
+            "verdict_uncorrected": self.uncorrected or self.verdict,
             "note": self.note,
             "sentence": self.sentence,
             "p_value": _finite(self.p_value),
@@ -204,8 +240,7 @@ def corrected(claims: Sequence[Claim], significance: float) -> list[Claim]:
     for claim in claims:
         changed = replace(claim, p_adjusted=adjusted.get(claim.id, math.nan))
         if claim.verdict != "not resolved" and changed.p_adjusted > significance:
-            note = f"{claim.verdict} by itself, not after Holm's correction. {claim.note}".strip()
-            changed = replace(changed, verdict="not resolved", note=note)
+            changed = replace(changed, verdict="not resolved", uncorrected=claim.verdict)
         found.append(changed)
     return found
 
@@ -221,8 +256,16 @@ def of_experiments(
         margin=report.equivalence_margin,
         confidence=records.study.evaluation.confidence,
     )
-    confidence = records.study.evaluation.confidence
-    return [exploratory(asked, found, confidence) for asked, found in judged], untested
+    return [
+        exploratory(
+            asked,
+            found,
+            records.study.evaluation.confidence,
+            effect_text=wording.effect(asked),
+            margin=report.equivalence_margin if asked.rule in ("equal", "not below") else None,
+        )
+        for asked, found in judged
+    ], untested
 
 
 class Asked(Protocol):
@@ -238,18 +281,28 @@ class Asked(Protocol):
     def rule_text(self) -> str: ...
 
 
-def exploratory(asked: Asked, found: Judged, confidence: float, unit: str = "points") -> Claim:
+def exploratory(
+    asked: Asked,
+    found: Judged,
+    confidence: float,
+    *,
+    effect_text: str,
+    margin: float | None,
+    unit: str = "points",
+) -> Claim:
     """The verdict on a claim that is none of the main ones: its effect is the mean of one value a seed."""
     zero = np.zeros(len(found.effects))
     return Claim(
         asked.id,
-        asked.claim,
+        wording.claim(asked.id, asked.claim),
         asked.published,
         asked.rule_text,
         found.effect,
         found.verdict,
-        note=f"seeds {', '.join(map(str, found.seeds))}.",
+        effect_text=effect_text,
+        confidence=confidence,
         exploratory=True,
+        margin=margin,
         p_value=paired_t(found.effects, zero, alternative="two-sided"),
         size=effect_size(found.effects, zero, confidence),
         unit=unit,
@@ -275,6 +328,7 @@ def _claim(
     values: Values,
     confidence: float,
     p_value: float | None = None,
+    margin: float | None = None,
 ) -> Claim:
     """A claim about the mean of `values`, one a seed, being 0; another test has another p-value."""
     against = np.zeros(len(values))
@@ -285,7 +339,10 @@ def _claim(
         RULES[claim],
         effect,
         verdict,
-        note,
+        effect_text=wording.EFFECTS[claim],
+        confidence=confidence,
+        note=note,
+        margin=margin,
         p_value=paired_t(values, against, alternative="two-sided") if p_value is None else p_value,
         size=effect_size(values, against, confidence),
     )
@@ -314,7 +371,7 @@ def _copy_recovers(records: Records, report: Report) -> Claim:
     recovered, note = run_gap(records, report, report.copied), ""
     verdict = _above(recovered, MOST_OF_THE_GAP)
     if _above(paired_difference(finetune, scratch, confidence), 0) != "supported":
-        note = "fine-tuning is not shown to beat scratch, so there is no gap to recover."
+        note = "Fine-tuning is not shown to beat scratch, so there is no gap to recover."
         verdict = "not resolved"
     # The gap recovered is above a share of the gap where this is above 0.
     beyond = copied - scratch - MOST_OF_THE_GAP * (finetune - scratch)
@@ -335,6 +392,7 @@ def _distill_equals(records: Records, report: Report) -> Claim:
         values=first - second,
         confidence=confidence,
         p_value=p_value,
+        margin=report.equivalence_margin,
     )
 
 
@@ -342,15 +400,13 @@ def _equality(first: Values, second: Values, margin: float, confidence: float) -
     """Whether two are equal within the margin, in words too, and the p-value of that, or of the contrary."""
     difference = paired_difference(first, second, confidence)
     test = equivalent(first, second, margin, confidence)
-    note = f"equivalence margin {100 * margin:g} points"
-    if math.isfinite(test.p_value):
-        note += f", p = {test.p_value:.2g} of the two one-sided tests"
+    note = f"p = {test.p_value:.2g} of the two one-sided tests." if math.isfinite(test.p_value) else ""
     if abs(difference.mean) <= margin:
-        return "supported" if test.equivalent else "not resolved", f"{note}.", test.p_value
+        return "supported" if test.equivalent else "not resolved", note, test.p_value
     edge = math.copysign(margin, difference.mean)
     p_value = paired_t(first, np.add(second, edge), alternative="two-sided")
     apart = difference.high < -margin or difference.low > margin
-    return "contradicted" if apart else "not resolved", f"{note}.", p_value
+    return "contradicted" if apart else "not resolved", note, p_value
 
 
 def _judge_ensembles(records: Records, report: Report, claims: list[Claim], untested: dict[str, str]) -> None:
@@ -399,7 +455,8 @@ def _falls_below(records: Records, report: Report) -> Claim:
     mirrored = _above(Interval(-effect.mean, -effect.high, -effect.low, effect.n), 0)
     first, second = clean.values()
     equal, _, _ = _equality(first, second, report.equivalence_margin, confidence)
-    note = f"equal in-distribution: {equal}; clean distill − finetune is {100 * (first - second).mean():+.2f} points."
+    apart = tables.per_cent(mean_interval(first - second, confidence))
+    note = f"Equal without shift: {equal}; there, distill minus finetune is {apart} points."
     return _claim("shift/distill_falls_below", effect, mirrored, note, values=further, confidence=confidence)
 
 
@@ -411,7 +468,7 @@ def _below_at_matched_accuracy(records: Records, report: Report) -> Claim | None
     further = beyond[report.distilled] - beyond[report.finetune]
     effect = mean_interval(further, confidence)
     mirrored = _above(Interval(-effect.mean, -effect.high, -effect.low, effect.n), 0)
-    note = f"line through {line.models} models, R² {line.r2:.2f}."
+    note = f"The line is fitted to {line.models} models, R² {line.r2:.2f}."
     found = _claim(
         "shift/below_at_matched_accuracy", effect, mirrored, note, values=further, confidence=confidence
     )

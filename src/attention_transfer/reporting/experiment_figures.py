@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from attention_transfer.config import Report
 from attention_transfer.evaluation.statistics import Interval, mean_interval
-from attention_transfer.reporting.experiments import Experiment
+from attention_transfer.reporting.experiments import Experiment, listed, references
 from attention_transfer.reporting.figures import (
     METHOD_COLOURS,
     STYLE,
@@ -25,8 +26,10 @@ from attention_transfer.reporting.figures import (
     interval_row,
     looks,
     name_rows,
+    say,
 )
 from attention_transfer.reporting.records import Records
+from attention_transfer.reporting.tables import level
 
 TRANSFERRING = ("copy", "distill")
 
@@ -70,8 +73,10 @@ def build(experiments: Sequence[Experiment], records: Records, report: Report) -
         ]
 
 
-def _drawing(experiment: Experiment, caption: str, figure: Figure) -> Drawing:
-    return Drawing(f"experiment_{experiment.name}", caption, figure)
+def _drawing(experiment: Experiment, caption: str, figure: Figure, records: Records) -> Drawing:
+    accuracy = {run: 100 * np.array(list(found.values())) for run, found in experiment.accuracy.items()}
+    said = f"Test accuracy in per cent: {say(accuracy, records)}"
+    return Drawing(f"experiment_{experiment.name}", f"{experiment.heading}. {caption}", figure, said=said)
 
 
 def _rows(experiment: Experiment, records: Records, report: Report) -> Drawing:
@@ -82,20 +87,24 @@ def _rows(experiment: Experiment, records: Records, report: Report) -> Drawing:
     for position, (run, look) in enumerate(looks(study).items()):
         values = 100 * np.array(list(experiment.accuracy[run].values()))
         interval_row(axes, position, values, look, records)
-    ends: tuple[float, ...] = ()
-    caption = "Test accuracy by run: mean over seeds and interval; small points: single seeds."
-    if not study.own_data:
-        ends = tuple(
-            100 * float(records.values("accuracy", run).mean()) for run in (report.scratch, report.finetune)
-        )
-        for end, run in zip(ends, (report.scratch, report.finetune), strict=True):
-            axes.axvline(end, color=METHOD_COLOURS[records.study.runs[run].method], linestyle="--", zorder=1)
-        caption += f" Dashed: the main comparison's {report.scratch} and {report.finetune}, means."
-    name_rows(axes, list(study.runs), include=ends)
+    beside = {run: 100 * value for run, value in references(experiment, records, report).items()}
+    for run, value in beside.items():
+        colour = METHOD_COLOURS[records.study.runs[run].method]
+        axes.axvline(value, color=colour, linestyle="--", zorder=1)
+        axes.annotate(
+            run, (value, 1), xycoords=("data", "axes fraction"), xytext=(-2, 2), textcoords="offset points",
+            rotation=30, fontsize=7, color="#333333", rotation_mode="anchor",
+        )  # fmt: skip
+    caption = (
+        f"Test accuracy by run: mean over seeds and {level(records)} interval; small points: single seeds."
+    )
+    if beside:
+        caption += f" Dashed: {listed(beside)} of the main comparison, means over the same seeds."
+    name_rows(axes, list(study.runs), include=tuple(beside.values()))
     low, high = axes.get_xlim()
     axes.set_xlim(low - 0.03 * (high - low), high + 0.03 * (high - low))  # the lines are not the edges
     axes.set_xlabel("test accuracy, %")
-    return _drawing(experiment, caption, figure)
+    return _drawing(experiment, caption, figure, records)
 
 
 def _layers(experiment: Experiment, records: Records, report: Report) -> Drawing:
@@ -105,9 +114,9 @@ def _layers(experiment: Experiment, records: Records, report: Report) -> Drawing
     for name, run in study.runs.items():
         layers, depth = study.layers(name), study.architecture(name).depth
         if run.method in TRANSFERRING and layers:
-            end = "first" if layers[0] == 0 else "last"
-            if layers in (tuple(range(len(layers))), tuple(range(depth - len(layers), depth))):
-                series.setdefault((run.method, end), {})[len(layers)] = experiment.accuracy[name]
+            for end, those in (("first", range(len(layers))), ("last", range(depth - len(layers), depth))):
+                if layers == tuple(those):
+                    series.setdefault((run.method, end), {})[len(layers)] = experiment.accuracy[name]
     depth = max((study.architecture(name).depth for name in study.runs), default=0)
     return _by_count(
         experiment,
@@ -150,20 +159,25 @@ def _by_count(
     whole: int,
     label: str,
 ) -> Drawing:
-    """Lines with bands; with nothing handed over a run is scratch, with everything that of the main comparison."""
+    """Lines with bands; with nothing handed over a run is scratch, with everything, if the experiment has no such run,
+    that of the main comparison.
+
+    Methods share a panel unless they have several lines each: one scale would hide the smaller effect.
+    """
     scale = Scale.of(records, report)
-    complete = {"copy": report.copied, "distill": report.distilled}
+    methods = list(dict.fromkeys(method for method, *_ in series.values()))
+    apart = len(series) > len(methods)
     figure = Figure(figsize=(WIDTH, 3.4))
-    axes = figure.add_subplot()
-    for end in (0, 100):
-        axes.axhline(end, color="#555555", linewidth=1, zorder=1)
+    panels = figure.subplots(1, len(methods) if apart else 1, squeeze=False)[0]
+    panel_of = dict(zip(methods, panels if apart else itertools.repeat(panels[0]), strict=False))
+    for axes in panels:
+        for end in (0, 100):
+            axes.axhline(end, color="#555555", linewidth=1, zorder=1)
     for place, (name, (method, line, points)) in enumerate(series.items()):
-        main = dict(
-            zip(records.study.seeds, records.values("accuracy", complete[method]).tolist(), strict=True)
-        )
         found = {0: Interval(0, 0, 0, 1)} | {n: scale.recovered(points[n]) for n in sorted(points)}
-        found[whole] = scale.recovered(main)
-        x = list(found)
+        if whole not in found:
+            found[whole] = scale.recovered(_of_main(method, records, report))
+        x, axes = list(found), panel_of[method]
         axes.plot(
             x, [interval.mean for interval in found.values()],
             color=METHOD_COLOURS[method], linestyle=line, marker="os^D"[place % 4], label=name, zorder=3,
@@ -174,17 +188,27 @@ def _by_count(
             [interval.high for interval in found.values()],
             color=METHOD_COLOURS[method], alpha=0.12, linewidth=0,
         )  # fmt: skip
-    _keep_in_sight(axes, series.values(), scale)
-    axes.set_xlabel(f"{label}, of {whole}")
-    axes.set_ylabel("gap recovered, %")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in panels:
+        _keep_in_sight(axes, [each for each in series.values() if panel_of[each[0]] is axes], scale)
+        axes.set_xlabel(f"{label}, of {whole}")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[0].set_ylabel("gap recovered, %")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, handlelength=3)
     figure.set_layout_engine("constrained")
     caption = (
         f"Gap recovered, in per cent of the mean gap between {scale.names[0]} (0) and {scale.names[1]} (100), by the "
-        f"number of {label}: mean over seeds and interval. The right end is the main comparison's run."
+        f"number of {label}: mean over seeds and {level(records)} interval, which goes on beyond an edge that it "
+        "reaches."
     )
-    return _drawing(experiment, caption, figure)
+    if not all(whole in points for *_, points in series.values()):
+        caption += " The right end is the main comparison's run."
+    return _drawing(experiment, caption, figure, records)
+
+
+def _of_main(method: str, records: Records, report: Report) -> dict[int, float]:
+    """Accuracy by seed of the main comparison's run with all layers and heads."""
+    run = {"copy": report.copied, "distill": report.distilled}[method]
+    return dict(zip(records.study.seeds, records.values("accuracy", run).tolist(), strict=True))
 
 
 def _keep_in_sight(
@@ -247,10 +271,10 @@ def _families(experiment: Experiment, records: Records, report: Report) -> Drawi
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     caption = (
         "Teachers with a component of another family: test accuracy minus that of the plain student from scratch, mean "
-        "over seeds and interval (cut off at the edge where few seeds leave it wide). Plain: the student lacks the "
-        "component; matched: it has it; alone: from scratch, with the component and without transfer."
+        f"over seeds and {level(records)} interval (cut off at the edge where few seeds leave it wide). Plain: the "
+        "student lacks the component; matched: it has it; alone: from scratch, with the component and without transfer."
     )
-    return _drawing(experiment, caption, figure)
+    return _drawing(experiment, caption, figure, records)
 
 
 def _bar(axes: Axes, x: float, interval: Interval, colour: str, hatch: str) -> None:
@@ -258,11 +282,14 @@ def _bar(axes: Axes, x: float, interval: Interval, colour: str, hatch: str) -> N
         x, interval.mean, width=0.15, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5, zorder=2
     )
     if math.isfinite(interval.low):
-        axes.add_line(Line2D([x, x], [interval.low, interval.high], color="#333333", linewidth=1, zorder=3))
+        ends = [interval.low, interval.high]
+        for of_line, width in (("white", 2.6), ("#333333", 1.0)):  # to be seen on a black bar, too
+            axes.add_line(Line2D([x, x], ends, color=of_line, linewidth=width, zorder=3))
 
 
 FIGURES: dict[str, Callable[[Experiment, Records, Report], Drawing]] = {
     "layers": _layers,
+    "layers_rate": _layers,
     "heads": _heads,
     "families": _families,
 }

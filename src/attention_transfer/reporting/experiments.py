@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pandas as pd
 from attention_transfer.config import Report, Study
 from attention_transfer.evaluation.statistics import Interval, mean_interval
 from attention_transfer.reporting import tables
-from attention_transfer.reporting.contrasts import Accuracies
+from attention_transfer.reporting.contrasts import CONTRASTS, Accuracies
 from attention_transfer.reporting.records import Records, damaged, read_run, read_table
 from attention_transfer.reporting.tables import Table
 
@@ -113,6 +113,31 @@ def accuracies(records: Records, experiments: list[Experiment]) -> Accuracies:
     for experiment in experiments:
         every |= experiment.accuracy
     return lambda run: every.get(run, {})
+
+
+def references(experiment: Experiment, records: Records, report: Report) -> dict[str, float]:
+    """Runs of the main comparison beside which an experiment is seen: its two ends, and those that its claims name.
+
+    Returns:
+        Mean test accuracy over the experiment's seeds; nothing for an experiment with images of its own.
+    """
+    if experiment.study.own_data:
+        return {}
+    asked = [contrast for contrast in CONTRASTS if contrast.id.split("/")[0] == experiment.name]
+    named = {report.scratch, report.finetune, *(run for contrast in asked for run in contrast.weights)}
+    of = accuracies(records, [])
+    found = {
+        run: [value for seed, value in of(run).items() if seed in experiment.study.seeds]
+        for run in records.study.runs
+        if run in named
+    }
+    return {run: float(np.mean(values)) for run, values in found.items() if values}
+
+
+def listed(names: Iterable[str]) -> str:
+    """Such as `scratch, copy and finetune`."""
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def table(experiment: Experiment, records: Records, report: Report) -> Table:

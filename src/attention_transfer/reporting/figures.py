@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from attention_transfer.errors import StudyError, repro
 from attention_transfer.evaluation.statistics import mean_interval
 from attention_transfer.files import atomic
 from attention_transfer.reporting.records import UNSHIFTED, Records
+from attention_transfer.reporting.tables import plain
 
 METHOD_COLOURS = {
     "scratch": "#000000",
@@ -83,6 +85,13 @@ class Drawing:
     figure: Figure
     raster: bool = False
     """Made of images: the page shows the PNG, else the SVG."""
+    said: str = ""
+    """Its numbers in words, for who does not see it."""
+
+    @property
+    def alternative(self) -> str:
+        """What stands for the figure where it is not seen."""
+        return f"{self.caption} {self.said}".strip()
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,7 @@ def looks(study: Study) -> dict[str, Look]:
     seen = dict.fromkeys(METHOD_COLOURS, 0)
     found = {}
     for position, (name, run) in enumerate(study.runs.items()):
-        pale = min(0.25 * seen[run.method], 0.6)
+        pale = min(0.12 * seen[run.method], 0.36)  # of more it could not be seen on white
         seen[run.method] += 1
         found[name] = Look(
             to_hex([channel + pale * (1 - channel) for channel in to_rgb(METHOD_COLOURS[run.method])]),
@@ -167,7 +176,15 @@ def _main(records: Records) -> Drawing:
         f"Test accuracy by run. Marker and bar: mean over seeds and {_level(records)} interval; small points: "
         "single seeds. A bar that reaches the edge goes on beyond it."
     )
-    return Drawing("main", caption, figure)
+    said = say({run: 100 * records.values("accuracy", run) for run in study.runs}, records)
+    return Drawing("main", caption, figure, said=said)
+
+
+def say(values: Mapping[str, np.ndarray], records: Records) -> str:
+    """Mean and interval of each, such as `scratch: 73.6 [73.2, 74.0]; finetune: ..`."""
+    confidence = records.study.evaluation.confidence
+    shown = {name: plain(mean_interval(found, confidence), digits=1) for name, found in values.items()}
+    return "; ".join(f"{name}: {text}" for name, text in shown.items()) + "."
 
 
 def interval_row(axes: Any, position: int, values: np.ndarray, look: Look, records: Records) -> None:
@@ -297,43 +314,49 @@ def _ensembles(records: Records) -> Drawing:
         f"Gain of each ensemble over its better member: mean over pairs and {_level(records)} interval; small "
         "points: single pairs. A marker of two colours has those of the two members."
     )
-    return Drawing("ensembles", caption, figure)
+    gains = {name: 100 * records.pairs(name)["gain"].to_numpy(float) for name in study.ensembles}
+    return Drawing("ensembles", caption, figure, said=say(gains, records))
 
 
 def _ensemble_matrix(records: Records) -> Drawing:
     study = records.study
-    members = [run for run in study.runs if any(run in e.members for e in study.ensembles.values())]
-    cells = np.full((len(members), len(members)), math.nan)
-    for name, ensemble in study.ensembles.items():
-        first, second = (members.index(member) for member in ensemble.members)
-        accuracy = 100 * float(records.pairs(name)["accuracy"].mean())
-        cells[max(first, second), min(first, second)] = accuracy
-    side = 1.6 + 0.62 * len(members)
-    figure = Figure(figsize=(min(side + 0.6, 7.5), min(side, 7.0)))
+    order = list(study.runs)
+    accuracies = {
+        tuple(sorted(ensemble.members, key=order.index)): 100
+        * records.pairs(name)["accuracy"].to_numpy(float)
+        for name, ensemble in study.ensembles.items()
+    }
+    columns, rows = (
+        [run for run in order if any(run == pair[place] for pair in accuracies)] for place in (0, 1)
+    )
+    cells = np.full((len(rows), len(columns)), math.nan)
+    for (first, second), values in accuracies.items():
+        cells[rows.index(second), columns.index(first)] = values.mean()
+    figure = Figure(figsize=(min(2.2 + 1.0 * len(columns), 7.5), min(1.1 + 0.55 * len(rows), 7.0)))
     axes = figure.add_subplot()
     image = axes.imshow(cells, aspect="auto")
     axes.grid(visible=False)
-    axes.set_xticks(range(len(members)), members, rotation=40, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(members)), members)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(rows)), rows)
     middle = (np.nanmin(cells) + np.nanmax(cells)) / 2
-    for (row, column), value in np.ndenumerate(cells):
-        if math.isfinite(value):
-            dark = value < middle
-            axes.text(
-                column,
-                row,
-                f"{value:.1f}",
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="white" if dark else "black",
-            )
-    figure.colorbar(image, ax=axes, label="ensemble's test accuracy, %", shrink=0.9)
+    for (first, second), values in accuracies.items():
+        shown = plain(mean_interval(values, study.evaluation.confidence), digits=1)
+        axes.text(
+            columns.index(first),
+            rows.index(second),
+            shown.replace(" ", "\n", 1),
+            ha="center",
+            va="center",
+            fontsize=7.5,
+            color="white" if values.mean() < middle else "black",
+        )
+    figure.colorbar(image, ax=axes, label="test accuracy, %")
     caption = (
-        "Test accuracy of the ensembles, mean over pairs; on the diagonal a run with itself. Empty: not "
-        "in this study."
+        f"Test accuracy of the ensembles, mean over pairs and {_level(records)} interval; a run with itself is of two "
+        "seeds. Empty: not in this study."
     )
-    return Drawing("ensemble_matrix", caption, figure)
+    said = say({" + ".join(pair): values for pair, values in accuracies.items()}, records)
+    return Drawing("ensemble_matrix", caption, figure, said=said)
 
 
 def _shift_severity(records: Records) -> Drawing:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from attention_transfer.config import Report
 from attention_transfer.files import read_json
-from attention_transfer.reporting import contrasts
+from attention_transfer.reporting import contrasts, wording
 from attention_transfer.reporting.claims import Claim, exploratory
 from attention_transfer.reporting.contrasts import Rule
 from attention_transfer.reporting.records import SIMILARITY, Records, read_run, read_table
@@ -176,5 +176,14 @@ def judge(
             untested[further.id] = further.missing
             continue
         found = contrasts.judged_by(further.rule, effects, margin=SLOWER, confidence=confidence)
-        judged.append(exploratory(further, found, confidence, further.unit))
+        judged.append(
+            exploratory(
+                further,
+                found,
+                confidence,
+                effect_text=wording.EFFECTS[further.id],
+                margin=SLOWER if further.rule in ("equal", "not below") else None,
+                unit=further.unit,
+            )
+        )
     return judged, untested

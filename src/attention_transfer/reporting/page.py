@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -24,6 +25,7 @@ from attention_transfer.reporting import (
     cost,
     experiment_figures,
     figures,
+    follow_ups,
     further_claims,
     published,
     replication,
@@ -32,6 +34,7 @@ from attention_transfer.reporting import (
     sections,
     similarity_figures,
     tables,
+    wording,
 )
 from attention_transfer.reporting import experiments as experiment_records
 from attention_transfer.reporting.charts import Chart
@@ -41,6 +44,7 @@ from attention_transfer.reporting.figures import Drawing
 from attention_transfer.reporting.records import Records, load
 from attention_transfer.reporting.tables import Table
 
+_NUMBER = re.compile(r"[-−+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?")
 EXPERIMENTS = {
     "main": "Main comparison",
     "ensemble": "Ensembles",
@@ -57,6 +61,7 @@ def build(
     artifacts: Path,
     out: Path,
     *,
+    params: Path = Path("params.yaml"),
     experiments: Mapping[str, Study] | None = None,
     rules_fixed: Mapping[str, str | None] | None = None,
     ui: Mapping[str, Mapping[str, str]] | None = None,
@@ -68,6 +73,7 @@ def build(
         artifacts: its folder of large outputs, runs/<study>; read are the attention maps and the contact sheet.
         out: written are report.html, report.md, claims.json, tables/ and figures/; tables and figures of an
             earlier report that this one does not have are removed.
+        params: the study's params file, which the report names.
         experiments: by name, see `config.experiments`; what has not been run yet is said to be so.
         rules_fixed: by claim the commit that last changed its rule; None where that is not known.
         ui: by experiment ("main" for the runs of none), addresses of its pages in the MLflow UI by title.
@@ -119,29 +125,43 @@ def build(
     _remove_stale(out)
     tables.write(all_tables, out / "tables")
     figures.write(drawings, out / "figures")
-    write_json(out / "claims.json", [claim.as_json() for claim in judged])
+    fixed = rules_fixed or {}
+    write_json(
+        out / "claims.json", [claim.as_json() | {"rule_commit": fixed.get(claim.id)} for claim in judged]
+    )
     headings = EXPERIMENTS | {name: experiment_records.heading(name) for name in experiments}
-    context = _context(records, all_tables) | _verdicts(judged, untested, headings)
+    context = _context(records, all_tables) | _verdicts(judged, untested, headings, fixed)
+    parts = sections.of_study(
+        study,
+        params,
+        more,
+        figures={drawing.name for drawing in drawings},
+        tables={table.name for table in all_tables},
+        claims=context["claims"],
+    )
     context |= {
         "answer": answer.sentences(records, report, judged),
-        "rules_fixed": rules_fixed or {},
-        "ui": ui or {},
-        "sections": sections.of_study(
-            more,
-            figures={drawing.name for drawing in drawings},
-            tables={table.name for table in all_tables},
-            claims=context["claims"],
-        ),
+        "ui": {section.anchor: _addresses(ui or {}, section.experiment) for section in parts},
+        "sections": parts,
+        "params": params.as_posix(),
     }
     captions = {drawing.name: drawing.caption for drawing in drawings}
+    context |= {"captions": captions, "alternatives": {each.name: each.alternative for each in drawings}}
     inline = {drawing.name: _data_uri(drawing, out / "figures") for drawing in drawings}
     html = _environment(html=True).get_template("report.html.j2")
     moving = _moving(
         charts.build(records, more, report), attention_viewer.payload(records, artifacts), captions
     )
-    write_text(out / "report.html", html.render(context | moving, images=inline, captions=captions))
+    write_text(out / "report.html", html.render(context | moving, images=inline))
     text = _environment(html=False).get_template("report.md.j2")
-    write_text(out / "report.md", text.render(context, images=inline.keys(), captions=captions))
+    write_text(out / "report.md", text.render(context, images=inline.keys()))
+
+
+def _addresses(ui: Mapping[str, Mapping[str, str]], experiment: str) -> Mapping[str, str]:
+    """Of an experiment's pages in the MLflow UI; what is no experiment of its own is among the main comparison's."""
+    main = ui.get("main", {})
+    views = {title: address for title, address in main.items() if title.endswith(f": {experiment}")}
+    return ui.get(experiment) or (views or main if experiment in EXPERIMENTS else {})
 
 
 def _moving(found: Sequence[Chart], attention: dict[str, Any], captions: Mapping[str, str]) -> dict[str, Any]:
@@ -171,6 +191,10 @@ def _remove_stale(out: Path) -> None:
                     path.unlink()
 
 
+FEW = 3
+"""Claims that could not be judged for one reason, no more than which are told one by one."""
+
+
 def _environment(*, html: bool) -> Environment:
     """Both escape every value: HTML by Jinja's own escaping, Markdown by ours."""
     environment = Environment(
@@ -184,6 +208,7 @@ def _environment(*, html: bool) -> Environment:
     )
     environment.filters["markdown"] = lambda table: Markup(tables.markdown(table))
     environment.filters["sort_key"] = _sort_key
+    environment.filters["words"] = _words
     environment.filters["commit"] = lambda commit: commit[:12] if commit else "commit not known"
     return environment
 
@@ -192,8 +217,16 @@ def _sort_key(cell: object) -> str:
     """The number that a cell begins with, by which its column is sorted; else the cell; nothing of an empty one."""
     if cell == tables.NONE:
         return ""
-    found = re.match(r"[-−+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?", str(cell))
+    found = _NUMBER.match(str(cell))
     return found[0].replace("−", "-").replace(",", "") if found else str(cell)
+
+
+def _words(shown: pd.DataFrame) -> list[bool]:
+    """Of each column behind the first, whether it holds words, which stand at the left."""
+    return [
+        any(_sort_key(cell) == str(cell) and not _NUMBER.match(str(cell)) for cell in shown[name])
+        for name in shown
+    ]
 
 
 def _escape_markdown(value: Any) -> str:
@@ -206,15 +239,29 @@ def _data_uri(drawing: Drawing, folder: Path) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _verdicts(judged: list[Claim], untested: dict[str, str], headings: Mapping[str, str]) -> dict[str, Any]:
+def _verdicts(
+    judged: list[Claim],
+    untested: Mapping[str, str],
+    headings: Mapping[str, str],
+    fixed: Mapping[str, str | None],
+) -> dict[str, Any]:
     """Claims by experiment, how they stand, and what could not be tested."""
-    texts = claims.CLAIMS | {contrast.id: contrast.claim for contrast in CONTRASTS}
-    texts |= {further.id: further.claim for further in further_claims.FURTHER}
     by_experiment: dict[str, list[Claim]] = {}
     for claim in judged:
         by_experiment.setdefault(claim.experiment, []).append(claim)
+    rows = {claim.id: _claim_row(claim, headings, fixed) for claim in judged}
     return {
-        "claims": {name: [_claim_row(claim) for claim in found] for name, found in by_experiment.items()},
+        "claims": {name: [rows[claim.id] for claim in found] for name, found in by_experiment.items()},
+        "every_claim": list(rows.values()),
+        "main_claims": [rows[name] for name in claims.MAIN if name in rows],
+        "surprises": [
+            {
+                "claim": rows[each.claim.id],
+                "again": [{"changed": changed, "claim": rows[claim.id]} for changed, claim in each.again],
+            }
+            for each in follow_ups.surprises(judged)
+        ],
+        "contradicted": sum(claim.verdict == "contradicted" for claim in judged),
         "overview": [
             {
                 "experiment": name,
@@ -224,13 +271,22 @@ def _verdicts(judged: list[Claim], untested: dict[str, str], headings: Mapping[s
             for name, found in by_experiment.items()
         ],
         "verdicts": answer.VERDICTS,
-        "untested": [
-            {"experiment": headings[name.split("/")[0]], "claim": texts[name], "reason": reason}
-            for name, reason in untested.items()
-        ],
-        "rules": {claim.id: claim.rule for claim in judged},
+        "untested": _untested(untested),
         "correction": claims.HOLM,
     }
+
+
+def _untested(reasons: Mapping[str, str]) -> list[dict[str, Any]]:
+    """A row a reason: few claims are told, of an experiment that has not been run their number alone."""
+    texts = claims.CLAIMS | {contrast.id: contrast.claim for contrast in CONTRASTS}
+    texts |= {further.id: further.claim for further in further_claims.FURTHER}
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(wording.claim(name, texts[name]))
+    return [
+        {"reason": reason, "count": len(found), "claims": found if len(found) <= FEW else []}
+        for reason, found in by_reason.items()
+    ]
 
 
 def _context(records: Records, all_tables: Sequence[Table]) -> dict[str, Any]:
@@ -287,9 +343,13 @@ def _how(study: Study, name: str) -> str:
     return f" ({', '.join(parts)})" if parts else ""
 
 
-def _claim_row(claim: Claim) -> dict[str, str]:
+def _claim_row(
+    claim: Claim, headings: Mapping[str, str], fixed: Mapping[str, str | None]
+) -> dict[str, str | None]:
     return {
         "id": claim.id,
+        "anchor": claim.id.replace("/", "-"),
+        "experiment": headings[claim.experiment],
         "place": "exploratory"
         if claim.exploratory
         else "main claim"
@@ -297,7 +357,10 @@ def _claim_row(claim: Claim) -> dict[str, str]:
         else "premise",
         "claim": claim.claim,
         "published": claim.published,
+        "effect": claim.effect_text.removesuffix(","),
         "measured": claim.measured,
+        "rule": claim.rule,
+        "fixed": fixed.get(claim.id),
         "sentence": claim.sentence,
         "test": _test(claim),
         "seeds": str(claim.effect.n),

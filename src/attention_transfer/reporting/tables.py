@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -468,19 +469,42 @@ def markdown(table: Table) -> str:
     return str(shown.to_markdown(index=False, disable_numparse=True, colalign=align))
 
 
+LATEX_ROWS = 40
+"""A table with more does not fit on a page."""
+LATEX_HEADER = 14
+"""Characters of a line of a column's header."""
+
+
 def latex(table: Table) -> str:
-    """The shown table for a paper, with the package booktabs."""
-    shown = table.shown.rename(columns=escape_latex).map(escape_latex)
-    return str(
+    """The shown table for a paper, with the packages booktabs, graphicx (no wider than the text), and, where it takes
+    pages, longtable.
+    """
+    shown = table.shown.rename(columns=_latex_header).map(escape_latex)
+    long = len(shown) > LATEX_ROWS
+    text = str(
         shown.to_latex(
             index=False,
             escape=False,
             column_format="l" + "r" * (shown.shape[1] - 1),
             caption=escape_latex(table.caption),
             label=f"tab:{table.name}",
-            position="htbp",
+            position=None if long else "htbp",
+            longtable=long,
         )
     )
+    if not long:
+        fitted = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%"
+        text = text.replace(r"\begin{tabular}", f"{fitted}\n\\begin{{tabular}}")
+        text = text.replace(r"\end{tabular}", "\\end{tabular}%\n}")
+    return f"{{\\scriptsize\\setlength{{\\tabcolsep}}{{3pt}}\n{text}}}\n"
+
+
+def _latex_header(name: object) -> str:
+    """In lines, the widest of which is hardly wider than the numbers beneath it."""
+    lines = textwrap.wrap(str(name), LATEX_HEADER, break_long_words=False)
+    if len(lines) < 2:
+        return escape_latex(name)
+    return r"\shortstack[r]{" + r" \\ ".join(map(escape_latex, lines)) + "}"
 
 
 LATEX = {
@@ -516,19 +540,22 @@ def per_cent(interval: Interval, digits: int = 2) -> str:
     return _text(interval, lambda value: f"{100 * value:.{digits}f}")
 
 
-def plain(interval: Interval) -> str:
-    """Mean and interval with three decimals."""
-    return _text(interval, lambda value: f"{value:.3f}")
+def plain(interval: Interval, digits: int = 3) -> str:
+    """Mean and interval as they are."""
+    return _text(interval, lambda value: f"{value:.{digits}f}")
 
 
 def _text(interval: Interval, form: Any) -> str:
+    mean, low, high = (
+        form(value).replace("-", "−") for value in (interval.mean, interval.low, interval.high)
+    )
     if not math.isfinite(interval.mean):
         return NONE
     if interval.n == 1:
-        return f"{form(interval.mean)} (no interval from one)"
+        return f"{mean} (no interval from one)"
     if not (math.isfinite(interval.low) and math.isfinite(interval.high)):
-        return f"{form(interval.mean)} (interval unbounded)"
-    return f"{form(interval.mean)} [{form(interval.low)}, {form(interval.high)}]"
+        return f"{mean} (interval unbounded)"
+    return f"{mean} [{low}, {high}]"
 
 
 def _measure(measure: str, interval: Interval) -> str:

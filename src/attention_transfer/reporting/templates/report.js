@@ -18,10 +18,26 @@ function connectSelects(views) {
     const show = () => {
       for (const name of select.dataset.charts.split(" "))
         views[name].signal(select.dataset.signal, JSON.parse(select.value)).run();
+      sayShift();
     };
     select.addEventListener("change", show);
     show(); // a browser keeps the choice when the page is loaded again
   }
+}
+
+// What the marks of the chosen shift say, for who hears the page.
+function sayShift() {
+  const [shift, severity] = ["shift", "severity"].map((name) => document.querySelector(`[data-signal=${name}]`));
+  const marks = document.querySelectorAll("[data-chart=shift_runs] path[aria-roledescription=point]");
+  document.getElementById("shift-summary").value =
+    `Accuracy, %, under ${shift.selectedOptions[0].text} at severity ${severity.value}: ` +
+    `${[...marks].map((mark) => mark.getAttribute("aria-label")).join("; ")}.`;
+}
+
+// A chart that was folded away had no width when it was drawn.
+function drawUnfolded() {
+  for (const details of document.querySelectorAll("details:has([data-chart])"))
+    details.addEventListener("toggle", () => window.dispatchEvent(new Event("resize")));
 }
 
 function sortTables(library) {
@@ -101,6 +117,7 @@ async function main() {
   }
   const views = await drawCharts();
   connectSelects(views);
+  drawUnfolded();
   connectAttentionViewer(form, views);
   document.documentElement.dataset.drawn = "yes"; // for who waits for it: tests, and printing to a file
 }
