@@ -28,6 +28,20 @@ def test_the_page_has_every_key() -> None:
     assert links <= anchors | {"decoder"}
 
 
+def test_every_key_is_explained_once() -> None:
+    writer = runpy.run_path(str(DOCS / "params.py"))
+    cells = [
+        line.rstrip("|").split("|")[-1].strip() for line in writer["page"]().splitlines() if "| `" in line
+    ]
+    assert len(cells) > 150
+    assert all(cell.endswith((".", ")")) for cell in cells), [
+        cell for cell in cells if not cell.endswith(".")
+    ]
+    for section, texts in writer["TEXTS"].items():
+        assert texts.keys() <= section.model_fields.keys()
+        assert not texts.keys() & writer["explanations"](section), "stands in the source already"
+
+
 def test_errors_in_the_questions_are_the_codes() -> None:
     """A message in bold code is one that the code can raise, or the part of one between values."""
     page = (DOCS / "faq.md").read_text(encoding="utf-8")
