@@ -68,6 +68,80 @@ SECTIONS: dict[type[BaseModel], str] = {
     config_teachers.Architecture: "architecture of a teacher or a run",
 }
 TEACHERS = get_args(get_args(config_teachers.Teacher)[0])
+# Of keys without a text in the source. config_runs.py and config_teachers.py are inputs of the stage `resolve`, which
+# writes their defaults: a word there would make that stage of every study stale.
+TEXTS: dict[type[BaseModel], dict[str, str]] = {
+    config_teachers.Architecture: {
+        "patch_size": "Side of a patch in pixels; it must divide `data.image_size`.",
+        "width": "Numbers of a token in the residual stream.",
+        "depth": "Transformer layers.",
+        "heads": "Attention heads of each layer; they must divide `width`.",
+        "mlp_ratio": "Hidden width of each MLP, as a multiple of `width`; two thirds of that with `swiglu`.",
+    },
+    config_teachers.Decoder: {
+        "width": "Numbers of a token.",
+        "depth": "Transformer layers.",
+        "heads": "Attention heads of each layer; they must divide `width`.",
+    },
+    config_teachers.Pretrained: {
+        "architecture": "Of the teacher; students have the same unless they name another.",
+        "epochs": "Passes over the pre-training images.",
+        "warmup_epochs": "Of these, those in which the learning rate rises from 0, in a straight line.",
+        "batch_size": "Images in a step.",
+        "learning_rate": "Peak learning rate of AdamW, not scaled by the batch size; then half a cosine down to 0.",
+        "weight_decay": "Of AdamW.",
+        "crop_scale": "Smallest and largest share of an image's area that a random crop keeps.",
+        "seed": "Of the first weights, the crops and whatever else is random.",
+    },
+    config_teachers.MaskedAutoencoder: {
+        "decoder": "Reconstructs the hidden patches; thrown away afterwards.",
+        "mask_ratio": "Share of the patches that the encoder does not see.",
+    },
+    config_teachers.MaskedImageModelling: {
+        "mask_ratio": "Share of the patches whose pixels are replaced by learnt ones.",
+    },
+    config_teachers.MomentumContrast: {
+        "hidden_width": "Of the projector's and the predictor's hidden layers.",
+        "projection_width": "Of the vectors that are compared.",
+        "temperature": "Divides the similarities; the loss is multiplied by twice it.",
+        "base_momentum": "Of the slowly following encoder at the first step; it rises to 1 along half a cosine.",
+        "frozen_patches": "Whether the projection of the patches keeps its first weights, as the paper advises.",
+    },
+    config_teachers.SelfDistillation: {
+        "hidden_width": "Of the head's hidden layers.",
+        "bottleneck_width": "Of the head's last layer before the prototypes.",
+        "prototypes": "Outputs of the head, over which both networks give a distribution.",
+        "student_temperature": "Divides the student's outputs.",
+        "teacher_temperature": "Divides the teacher's; lower, so that its distribution is sharper.",
+        "centre_momentum": "Of the mean output that is taken off the teacher's.",
+        "base_momentum": "Of the teacher's weights at the first step; it rises to 1 along half a cosine.",
+    },
+    config_teachers.GroupClassification: {
+        "label_smoothing": "Share of the target that is spread over all groups.",
+    },
+    config_teachers.Untrained: {
+        "architecture": "Of the teacher; students have the same unless they name another.",
+        "seed": "Of the weights.",
+    },
+    config_teachers.FromFile: {
+        "architecture": "That of the weights; of these, heads alone cannot be read off their shapes.",
+        "path": "Of the safetensors file, from the repository's root.",
+    },
+    config_runs.Run: {
+        "method": "How the student is trained: [the method](method.md).",
+        "weight_decay": "Of AdamW; biases and norms have none.",
+        "betas": "Of AdamW.",
+        "epochs": "Passes over the labelled images.",
+        "warmup_epochs": "Of these, those in which the learning rate rises from 0, in a straight line.",
+        "batch_size": "Images in a step.",
+        "label_smoothing": "Share of the target that is spread over all classes.",
+        "drop_path": "Stochastic depth: chance that an image skips the last layer; lower layers are skipped less.",
+    },
+    config_runs.AttentionLoss: {"weight": "Of this loss beside the task's, whose weight is 1."},
+    config_runs.FeatureLoss: {"weight": "Of this loss beside the task's, whose weight is 1."},
+    config_runs.LogitLoss: {"weight": "Of this loss beside the task's, whose weight is 1."},
+    config_runs.FinetunedTeacher: {"seed": "Of its fine-tuning; not one of the study's `seeds`."},
+}
 
 
 def anchor(heading: str) -> str:
@@ -128,9 +202,17 @@ def explanations(section: type[BaseModel]) -> dict[str, str]:
     return found
 
 
+def texts(section: type[BaseModel]) -> dict[str, str]:
+    """An explanation of each key: that of the source, or of this file."""
+    found = {"kind": "Says how the teacher is obtained."}
+    for each in reversed(section.__mro__):
+        found |= TEXTS.get(each, {})
+    return found | explanations(section)
+
+
 def table(section: type[BaseModel]) -> str:
     """A row for each key."""
-    hints, said = get_type_hints(section, include_extras=True), explanations(section)
+    hints, said = get_type_hints(section, include_extras=True), texts(section)
     lines = ["| key | value | default | |", "|:--|:--|:--|:--|"]
     for key, field in section.model_fields.items():
         default = field.get_default()

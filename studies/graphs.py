@@ -3,15 +3,14 @@
     python studies/graphs.py
 
 In dvc.yaml each stage lists the library files that its script imports, directly or not. studies/<study>/dvc.yaml is
-a link to it, or, so that a run waits for its own teachers only, a copy that names these; such a copy is written
-anew. studies/<study>/<experiment>/ is written for each experiment that the study names: dvc.yaml has those stages
-that an experiment has for itself, where.yaml its paths, params.yaml is a link to the experiment's file.
+a copy of it with the study's params; that of a study with experiments names the teachers that its own runs use, so
+that they wait for no other. studies/<study>/<experiment>/ is written for each experiment that the study names:
+dvc.yaml has those stages that an experiment has for itself, where.yaml its paths.
 Run it after imports, stages, experiments or their teachers have changed; `check` and a test tell when.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "src"))
 
-from attention_transfer import config, provenance  # noqa: E402
+from attention_transfer import config, graph_file, provenance  # noqa: E402
 from attention_transfer.config import Study  # noqa: E402
 
 OF_EXPERIMENTS = ("resolve", "train", "predict", "evaluate", "similarity")
@@ -34,8 +33,6 @@ vars:
   - where.yaml
 
 stages:
-"""
-COPY = """# Written by studies/graphs.py: dvc.yaml with the teachers that the study's own runs use.
 """
 
 
@@ -83,6 +80,8 @@ def of_experiment(block: str, own_sections: tuple[str, ...]) -> str:
         (r"\$\{data\.folder\}", "${where.folder}"),
         (r"foreach: \$\{teachers\}", "foreach: ${where.teachers}"),
         (r"\$\{key\}", "${item}") if "${teachers}" in block else (r"$^", ""),
+        # The metrics that DVC shows are those of studies: a column for each run of each experiment is too many.
+        (r"(?m)^ +metrics:\n", ""),
     ):
         block = re.sub(pattern, replacement, block)
     found = re.search(r"(?m)^( +)- \$\{where\.params\}:\n((?:\1    - .*\n)+)", block)
@@ -132,24 +131,19 @@ def files() -> dict[Path, str]:
     for file in (ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))):
         study = config.load(file)
         folder = ROOT / "studies" / study.name
-        if (folder / "dvc.yaml").exists() and not (folder / "dvc.yaml").is_symlink():
-            found[folder / "dvc.yaml"] = COPY + "".join(
-                of_teachers(name, block, study) for name, block in whole.items()
+        if folder.is_dir():
+            own = "".join(
+                of_teachers(name, block, study) if study.experiments else block
+                for name, block in whole.items()
             )
+            found[folder / "dvc.yaml"] = graph_file.of_study(own, folder, file)
         for name, experiment in config.experiments(file).items():
-            found[folder / name / "dvc.yaml"] = _experiment(whole, experiment)
+            graph = _experiment(whole, experiment)
+            found[folder / name / "dvc.yaml"] = graph_file.with_params(
+                graph, folder / name, config.experiment_file(file, name)
+            )
             found[folder / name / "where.yaml"] = _where(file.relative_to(ROOT), study, name, experiment)
     return found
-
-
-def links() -> dict[Path, Path]:
-    """The params of each experiment, beside its graph."""
-    studies = {file: config.load(file) for file in (ROOT / "params.yaml", *(ROOT / "presets").glob("*.yaml"))}
-    return {
-        ROOT / "studies" / study.name / name / "params.yaml": config.experiment_file(file, name)
-        for file, study in studies.items()
-        for name in study.experiments
-    }
 
 
 def _experiment(whole: dict[str, str], experiment: Study) -> str:
@@ -185,7 +179,7 @@ def _where(file: Path, study: Study, name: str, experiment: Study) -> str:
 if __name__ == "__main__":
     for path, text in files().items():
         path.parent.mkdir(parents=True, exist_ok=True)
+        for link in (path, path.with_name("params.yaml")):
+            if link.is_symlink():  # of a study that was made when these were links: to ./dvc.yaml, which stays
+                link.unlink()
         path.write_text(text, encoding="utf-8")
-    for path, target in links().items():
-        if not path.is_symlink():
-            path.symlink_to(os.path.relpath(target, path.parent))

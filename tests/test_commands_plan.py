@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -239,19 +238,3 @@ def test_the_plan_of_an_experiment_is_of_the_teachers_that_it_uses(monkeypatch: 
     command.main()
     assert set(planned[0].teachers) == {"mae_small", "mae_large"}
     assert set(planned[0].runs) == set(config.load("presets/full/size.yaml").runs)
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["plan", "--help"], ["verify", "--help"], ["prune", "--help"]]
-)
-def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
-    program = (
-        "import atexit, sys\n"
-        "def report(): print([n for n in ('torch', 'timm', 'mlflow', 'numpy', 'pydantic') if n in sys.modules])\n"
-        "atexit.register(report)\n"
-        f"sys.argv = ['attention_transfer', *{arguments!r}]\n"
-        "from attention_transfer.__main__ import main\n"
-        "main()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("[]\n")

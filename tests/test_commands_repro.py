@@ -14,7 +14,15 @@ import psutil
 import pytest
 import yaml
 
-from attention_transfer.commands.repro import LARGEST_BATCH, THREADS, Clock, Queue, family, repro
+from attention_transfer.commands.repro import (
+    LARGEST_BATCH,
+    THREADS,
+    Clock,
+    Queue,
+    depth_first,
+    family,
+    repro,
+)
 from attention_transfer.errors import StudyError
 
 WIDE = 6
@@ -118,7 +126,7 @@ def test_a_family_is_that_of_the_graph_itself(repository: Path) -> None:
 @pytest.mark.slow
 def test_a_stage_that_fails_ends_it_and_what_is_done_stays_done(repository: Path) -> None:
     Path("source").write_text("bad")
-    assert repro(GRAPH, 2) != 0
+    assert repro(GRAPH, 2) == 1
     assert log() == {}
     Path("source").write_text("good")
     assert repro(GRAPH, 2) == 0
@@ -192,7 +200,7 @@ def test_a_batch_leaves_work_for_the_others() -> None:
     waiting = {
         "a": set[str](),
         **{f"train@{number}": {"a"} for number in range(40)},
-        "train@last": {"train@3"},
+        "evaluate": {"train@3"},
     }
     queue = Queue(waiting, jobs=2, cores=2)
     assert queue.take(0) == ["a"]
@@ -200,20 +208,22 @@ def test_a_batch_leaves_work_for_the_others() -> None:
     queue.finish(["a"])
     first = queue.take(0)
     assert len(first) == LARGEST_BATCH
-    assert queue.take(1)[0] not in first
+    assert queue.next() == "24 train, evaluate"
     order: list[str] = []
     while taken := queue.take(1):
+        assert taken[0] not in first
         order += taken
         queue.finish(taken)
-    assert "train@last" not in order  # train@3 was in the first batch, which is not through
+    assert "evaluate" not in order  # train@3 was in the first batch, which is not through
     queue.finish(first)
-    assert queue.take(0) == ["train@last"]
+    assert queue.take(0) == ["evaluate"]
     assert (queue.total, queue.waiting) == (42, {})
 
 
-def test_students_share_the_cores_and_other_stages_have_all() -> None:
+def test_students_share_the_cores_and_other_stages_have_all_and_go_alone() -> None:
     waiting = {
         "pretrain@mae": set[str](),
+        "pretrain@dino": set(),
         "train@a-0": set(),
         "train@a-1": set(),
         "x:train@b-0": set(),
@@ -221,14 +231,81 @@ def test_students_share_the_cores_and_other_stages_have_all() -> None:
     }
     queue = Queue(waiting, jobs=2, cores=5)
     assert queue.threads == {"pretrain": 5, "train": 2, "maps": 5}
-    assert queue.take(0) == ["pretrain@mae"]
+    assert queue.take(0) == ["pretrain@mae"]  # each takes long, and all cores: not both to one DVC
     assert queue.take(5) == []
     queue.finish(["pretrain@mae"])
     assert queue.take(2) == ["train@a-0"]  # what needs more cores than are free lets others pass
     assert queue.take(2) == ["train@a-1"]
     assert queue.take(4) == []
+    assert queue.take(0) == ["pretrain@dino"]
     assert queue.take(0) == ["x:train@b-0"]
     assert queue.take(0) == ["maps"]
+
+
+def test_one_at_a_time_a_teacher_still_goes_alone() -> None:
+    queue = Queue({"pretrain@a": set(), "pretrain@b": set(), "train@a": {"pretrain@a"}}, jobs=1, cores=2)
+    assert queue.take(0) == ["pretrain@a"]
+
+
+def test_predictions_come_right_behind_their_student() -> None:
+    waiting: dict[str, set[str]] = {}
+    for number in range(4):
+        waiting |= {f"train@{number}": set(), f"predict@{number}": {f"train@{number}"}}
+    queue = Queue(waiting, jobs=2, cores=2)
+    assert queue.take(0) == ["train@0", "predict@0", "train@1", "predict@1"]
+    assert queue.take(1) == ["train@2", "predict@2"]
+    assert queue.take(1) == ["train@3"]  # the last for whoever is free: its predictions when it is through
+    assert queue.take(1) == []
+    queue.finish(["train@3"])
+    assert queue.take(1) == ["predict@3"]
+
+
+def study_graph(teachers: str, seeds: int) -> dict[str, set[str]]:
+    """As dvc.yaml has it, of runs that use a teacher each; by breadth: stages of a family stand together."""
+    grid = [f"{teacher}-{seed}" for teacher in teachers for seed in range(seeds)]
+    return {
+        "data": set(),
+        "split": {"data"},
+        "shifts": {"data"},
+        **{f"pretrain@{teacher}": {"data", "split"} for teacher in teachers},
+        **{f"cache@{teacher}": {"data", "split", f"pretrain@{teacher}"} for teacher in teachers},
+        **{f"resolve@{teacher}": {f"pretrain@{teacher}", f"cache@{teacher}"} for teacher in teachers},
+        **{f"train@{each}": {"data", "split", f"resolve@{each[0]}"} for each in grid},
+        **{f"predict@{each}": {"data", "shifts", f"resolve@{each[0]}", f"train@{each}"} for each in grid},
+        "evaluate": {f"predict@{each}" for each in grid},
+        "report": {"evaluate", "shifts", *(f"pretrain@{teacher}" for teacher in teachers)},
+    }
+
+
+def test_a_teacher_is_followed_by_what_waits_for_it() -> None:
+    waits = study_graph("ab", seeds=2)
+    ordered = depth_first(waits)
+    assert ordered == waits
+    assert [*ordered] == [
+        *("data", "shifts", "split"),
+        *("pretrain@a", "cache@a", "resolve@a", "train@a-0", "predict@a-0", "train@a-1", "predict@a-1"),
+        *("pretrain@b", "cache@b", "resolve@b", "train@b-0", "predict@b-0", "train@b-1", "predict@b-1"),
+        *("evaluate", "report"),
+    ]
+
+
+@pytest.mark.parametrize("jobs", [1, 2, 3])
+def test_no_stage_begins_before_what_it_waits_for(jobs: int) -> None:
+    waits = study_graph("abc", seeds=5)
+    queue = Queue(depth_first(waits), jobs=jobs, cores=2)
+    done: set[str] = set()
+    at_work: list[list[str]] = []
+    while queue.waiting or at_work:
+        busy = sum(queue.threads[family(batch[0])] for batch in at_work)
+        if len(at_work) < jobs and (batch := queue.take(busy)):
+            for number, stage in enumerate(batch):
+                assert waits[stage] <= done | set(batch[:number])
+            at_work.append(batch)
+            continue
+        batch = at_work.pop(0)
+        done |= set(batch)
+        queue.finish(batch)
+    assert done == waits.keys()
 
 
 @pytest.mark.parametrize(("jobs", "cores"), [(4, 2), (1, 8), (3, 3), (2, 1)])
@@ -250,4 +327,6 @@ def test_the_estimate_is_of_the_families_that_were_measured() -> None:
     assert clock.left(stages, 2) == "at least 10 min to go"
     clock.add("predict@c-1", 120.0)
     assert clock.left(stages, 2) == "about 11 min to go"
+    clock.add("maps", 240.0)  # has all cores for itself
+    assert clock.left([*stages, "maps"], 2) == "about 15 min to go"
     assert clock.left([], 2) == "all done"

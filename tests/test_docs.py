@@ -28,6 +28,31 @@ def test_the_page_has_every_key() -> None:
     assert links <= anchors | {"decoder"}
 
 
+def test_every_key_is_explained_once() -> None:
+    writer = runpy.run_path(str(DOCS / "params.py"))
+    cells = [
+        line.rstrip("|").split("|")[-1].strip() for line in writer["page"]().splitlines() if "| `" in line
+    ]
+    assert len(cells) > 150
+    assert all(cell.endswith((".", ")")) for cell in cells), [
+        cell for cell in cells if not cell.endswith(".")
+    ]
+    for section, texts in writer["TEXTS"].items():
+        assert texts.keys() <= section.model_fields.keys()
+        assert not texts.keys() & writer["explanations"](section), "stands in the source already"
+
+
+def test_the_drawing_is_that_of_its_program() -> None:
+    drawn = runpy.run_path(str(DOCS / "drawing.py"))["svg"]()
+    assert (DOCS / "method.svg").read_bytes() == drawn, "run: python docs/drawing.py"
+
+
+def test_every_page_is_in_the_index_and_is_what_it_is_called() -> None:
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    for page in DOCS.glob("*.md"):
+        assert page.name == "README.md" or f"]({page.name})" in index, page.name
+
+
 def test_errors_in_the_questions_are_the_codes() -> None:
     """A message in bold code is one that the code can raise, or the part of one between values."""
     page = (DOCS / "faq.md").read_text(encoding="utf-8")

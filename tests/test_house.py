@@ -167,7 +167,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "transfer.quantisation",
         "transfer.teacher_source",
     ),
-    "__main__": ("commands", "config", "errors", "graph_file", "layout", "lock_file", "plan", "tracking"),
+    "__main__": ("commands", "config", "errors", "layout", "lock_file", "tracking"),
 }
 
 # Third-party packages that only some may import.

@@ -710,6 +710,14 @@ def test_metrics_params_and_plots_are_shown(study: Study) -> None:
     plots = study.run("dvc", "plots", "show", "--json", "metrics/smoke/train/distill/0/curve.csv")
     assert plots.code == 0, plots.text[-3000:]
     assert "validation_accuracy" in plots.text
+    shown = study.run("dvc", "plots", "show", "--json", GRAPH)
+    assert shown.code == 0, shown.text[-3000:]
+    assert "Accuracy of each seed and their mean, study smoke" in shown.text
+    table = study.run("dvc", "exp", "show", "--json")
+    assert table.code == 0, table.text[-3000:]
+    revisions = json.loads(table.text)
+    assert len(revisions) == 2  # the working folder and the commit, which DVC reads without following links
+    assert [revision.get("error") for revision in revisions] == [None, None]
 
 
 @pytest.mark.filterwarnings("default")  # timm's own, while it is imported

@@ -1,12 +1,15 @@
-"""Commands beside `dvc repro`: check and plan a study, verify its caches, tidy up, show results and runs."""
+"""Plans, runs and shows a study of attention transfer; `dvc repro` does its work by itself, too."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from attention_transfer.errors import StudyError
@@ -17,31 +20,9 @@ def check(arguments: argparse.Namespace) -> None:
 
     Also mends DVC's lock file after a kill, and removes checkpoints that are done with.
     """
-    from attention_transfer import config, graph_file, lock_file, plan
-    from attention_transfer.layout import Layout
+    from attention_transfer.commands import check
 
-    study, experiments = config.load(arguments.params), config.experiments(arguments.params)
-    graph_file.check(study)
-    for each in experiments.values():
-        graph_file.check(each)
-    for each in (study, *experiments.values()):
-        if count := lock_file.mend(each.name):
-            print(f"{lock_file.path(each.name)}: put back {count} stages that were cut off")
-        lock_file.forget_checkpoints(each.name)
-    reserved = plan.check_room(study, Layout.of(study), arguments.params)
-    for name, each in experiments.items():
-        if each.own_data:
-            file = config.experiment_file(arguments.params, name)
-            reserved = plan.check_room(each, Layout.of(each), file, reserved=reserved)
-    for name in study.transferred_from if study.is_experiment else study.teachers:
-        print(f"attention of {name}: {plan.attention_source(study, name)}")
-    if note := plan.unread_views(study):
-        print(note)
-    print(
-        f"{arguments.params}: study {study.name}, {len(study.runs)} runs x {len(study.seeds)} seeds, is in order"
-    )
-    for name, experiment in experiments.items():
-        print(f"experiment {name}: {len(experiment.runs)} runs x {len(experiment.seeds)} seeds")
+    check.show(arguments.params, as_json=arguments.json)
 
 
 def new(arguments: argparse.Namespace) -> None:
@@ -55,26 +36,18 @@ def new(arguments: argparse.Namespace) -> None:
         teacher=arguments.teacher,
         heads=arguments.heads,
     )
-    print(f"{preset} is written: look it through.\nThen: make study STUDY={arguments.name}")
+    if arguments.json:
+        print(json.dumps({"params": str(preset), "study": arguments.name}))
+    else:
+        print(f"{preset} is written: look it through.\nThen: make study STUDY={arguments.name}")
 
 
 def show(arguments: argparse.Namespace) -> None:
     """Prints the main table and where the report is; of an experiment, the accuracies of its runs."""
     from attention_transfer import config
-    from attention_transfer.layout import Layout
+    from attention_transfer.commands import show
 
-    study = config.load(arguments.params)
-    report = Layout.of(study).report
-    if study.is_experiment:
-        from attention_transfer.commands import show_experiment
-
-        print(show_experiment.text(study))
-        return
-    table = report / "tables" / "main.md"
-    if not table.exists():
-        raise StudyError("has no report yet", where=str(arguments.params), remedy="run: dvc repro")
-    print(table.read_text(encoding="utf-8"))
-    print(f"Report:    {(report / 'report.html').resolve()}\nMLflow UI: make ui")
+    show.show(config.load(arguments.params), str(arguments.params), as_json=arguments.json)
 
 
 def forecast(arguments: argparse.Namespace) -> None:
@@ -98,7 +71,8 @@ def detectable(arguments: argparse.Namespace) -> None:
     from attention_transfer.commands import detectable
 
     found = config.experiments(arguments.params)
-    detectable.show(config.load(arguments.params), found, config.load(arguments.pilot))
+    study, pilot = config.load(arguments.params), config.load(arguments.pilot)
+    detectable.show(study, found, pilot, as_json=arguments.json)
 
 
 def doctor(arguments: argparse.Namespace) -> None:
@@ -131,7 +105,7 @@ def verify(arguments: argparse.Namespace) -> None:
     from attention_transfer import config
     from attention_transfer.commands import verify
 
-    if problems := verify.verify(config.load(arguments.params)):
+    if problems := verify.verify(config.load(arguments.params), as_json=arguments.json):
         sys.exit("\n".join(f"error: {problem}" for problem in problems))
 
 
@@ -159,7 +133,7 @@ def remake(arguments: argparse.Namespace) -> None:
     """Makes the outputs of one stage anew, whatever DVC takes them for: for damaged files."""
     from attention_transfer.commands import remake
 
-    sys.exit(remake.remake(arguments.stage))
+    sys.exit(bool(remake.remake(arguments.stage)))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -174,8 +148,8 @@ def report(arguments: argparse.Namespace) -> None:
     graph = _graph(arguments.params)
     stage = f"{graph}:report"
     command = [sys.executable, "-m", "dvc", "repro", "--quiet", "--single-item", stage]
-    if code := subprocess.run(command, check=False).returncode:
-        sys.exit(code)
+    if subprocess.run(command, check=False).returncode:
+        sys.exit(1)
     show(arguments)
 
 
@@ -192,14 +166,16 @@ def prune(arguments: argparse.Namespace) -> None:
     from attention_transfer.commands import prune
 
     found = config.experiments(arguments.params)
-    prune.show(config.load(arguments.params), [*found.values()], delete_too=arguments.delete)
+    study = config.load(arguments.params)
+    prune.show(study, [*found.values()], delete_too=arguments.delete, as_json=arguments.json)
 
 
 def sync(arguments: argparse.Namespace) -> None:
     """Shows every recorded run in MLflow that is not there yet."""
     from attention_transfer import tracking
 
-    print(tracking.sync(Path("metrics"), Path(), _locks()))
+    report = tracking.sync(Path("metrics"), Path(), _locks())
+    print(json.dumps(asdict(report)) if arguments.json else report)
 
 
 def _locks() -> dict[str, list[Path]]:
@@ -218,7 +194,7 @@ def ui(arguments: argparse.Namespace) -> None:
     """Serves MLflow's pages on this machine."""
     from attention_transfer import tracking
 
-    sync(arguments)
+    sync(argparse.Namespace(json=False))
     address = f"http://{arguments.host}:{arguments.port}"
     print(f"MLflow UI: {address} (ready in about half a minute; Ctrl-C ends it)")
     for study in sorted(path.parent.name for path in Path("metrics").glob("*/train")):
@@ -248,6 +224,28 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
 }
 
 
+STUDY_OF = (
+    "doctor",
+    "status",
+    "check",
+    "show",
+    "plan",
+    "detectable",
+    "verify",
+    "export",
+    "prune",
+    "run",
+    "report",
+)
+FOR_PROGRAMS = ({*STUDY_OF} - {"run", "export"}) | {"new", "compare", "sync"}
+EXIT_CODES = """exit codes:
+  0    done, and in order
+  1    a problem: the message says what it is, where, and what to do; --json has it as {"error": ..}
+  2    no such command or argument
+  128+ a signal came, such as Ctrl-C (130): what was at work is saved, the same command goes on
+"""
+
+
 def _jobs(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of stages: give 1 or more")
@@ -268,71 +266,98 @@ def _describe_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--public", action="store_true", help="with --push: anyone may read it")
 
 
-def main() -> None:
-    """Entry point of `python -m attention_transfer`."""
-    parser = argparse.ArgumentParser(prog="python -m attention_transfer", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+def _parser() -> argparse.ArgumentParser:
+    installed = Path(sys.argv[0]).name == "attention-transfer"
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="attention-transfer" if installed else "python -m attention_transfer",
+        description=__doc__,
+        epilog=EXIT_CODES,
+        formatter_class=formatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, function in COMMANDS.items():
-        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        if name in (
-            "doctor",
-            "status",
-            "check",
-            "show",
-            "plan",
-            "detectable",
-            "verify",
-            "prune",
-            "run",
-            "report",
-            "export",
-        ):
-            command.add_argument("--params", type=Path, default=Path("params.yaml"))
-    for name in ("plan", "status", "compare", "doctor"):
-        commands.choices[name].add_argument("--json", action="store_true", help="for a program to read")
-    commands.choices["plan"].add_argument(
+        text = _text_of(function)
+        command = commands.add_parser(
+            name, help=text.splitlines()[0], description=text, epilog=EXIT_CODES, formatter_class=formatter
+        )
+        if name in STUDY_OF:
+            command.add_argument(
+                "--params",
+                type=Path,
+                default=Path("params.yaml"),
+                metavar="FILE",
+                help="the study (default: params.yaml)",
+            )
+        if name in FOR_PROGRAMS:
+            command.add_argument("--json", action="store_true", help="for a program to read")
+    _arguments(commands.choices)
+    return parser
+
+
+def _text_of(function: Callable[[argparse.Namespace], None]) -> str:
+    """A command's docstring, without its indentation."""
+    return "\n".join(line.strip() for line in (function.__doc__ or function.__name__).strip().splitlines())
+
+
+def _arguments(commands: Mapping[str, argparse.ArgumentParser]) -> None:
+    """What single commands take beside the study."""
+    commands["plan"].add_argument(
         "--once",
         action="store_true",
         help="nothing where students have been trained already; else kept for MLflow",
     )
-    commands.choices["detectable"].add_argument(
-        "--pilot", type=Path, default=Path("params.yaml"), help="a study that has run (default: params.yaml)"
+    commands["detectable"].add_argument(
+        "--pilot",
+        type=Path,
+        default=Path("params.yaml"),
+        metavar="FILE",
+        help="a study that has run (default: params.yaml)",
     )
     for which in ("first", "second"):
-        commands.choices["compare"].add_argument(
+        commands["compare"].add_argument(
             which, help="a study (core, full, full/qkv), a revision of the default study, or REVISION:STUDY"
         )
-    commands.choices["new"].add_argument("name", help="of the study, such as flowers")
-    commands.choices["new"].add_argument(
+    commands["new"].add_argument("name", help="of the study, such as flowers")
+    commands["new"].add_argument(
         "--images", type=Path, required=True, help="folder with train/<class>/*.jpg and test/<class>/*.jpg"
     )
-    commands.choices["new"].add_argument(
-        "--size", type=int, help="of the images, in pixels (default: 64 or less)"
-    )
-    commands.choices["new"].add_argument(
+    commands["new"].add_argument("--size", type=int, help="of the images, in pixels (default: 64 or less)")
+    commands["new"].add_argument(
         "--teacher", type=Path, help="its weights, safetensors (default: it is pre-trained on the images)"
     )
-    commands.choices["new"].add_argument("--heads", type=int, help="of the teacher: its weights do not tell")
-    _describe_export(commands.choices["export"])
-    commands.choices["remake"].add_argument("stage", help="as DVC names it, such as train@copy-0")
-    commands.choices["run"].add_argument("--jobs", type=_jobs, default=1, help="stages at a time")
-    commands.choices["run"].add_argument(
+    commands["new"].add_argument("--heads", type=int, help="of the teacher: its weights do not tell")
+    _describe_export(commands["export"])
+    commands["remake"].add_argument("stage", help="as DVC names it, such as train@copy-0")
+    commands["run"].add_argument("--jobs", type=_jobs, default=1, help="stages at a time (default: 1)")
+    commands["run"].add_argument(
         "--only",
         metavar="STAGE",
         nargs="+",
         default=(),
         help="families of stages, such as train, and what they depend on",
     )
-    commands.choices["prune"].add_argument("--delete", action="store_true")
-    commands.choices["ui"].add_argument("--port", type=int, default=5000)
-    commands.choices["ui"].add_argument("--host", default="127.0.0.1")
-    arguments = parser.parse_args()
+    commands["prune"].add_argument("--delete", action="store_true", help="delete it, too")
+    commands["ui"].add_argument("--port", type=int, default=5000, help="default: 5000")
+    commands["ui"].add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, this machine alone")
+
+
+def main() -> None:
+    """Entry point of `python -m attention_transfer`, and of `attention-transfer` where it is installed."""
+    arguments = _parser().parse_args()
     try:
         COMMANDS[arguments.command](arguments)
+        sys.stdout.flush()
     except StudyError as error:
+        if getattr(arguments, "json", False):
+            values = {"where": error.where, "problem": error.problem, "remedy": error.remedy}
+            print(json.dumps({"error": values}, ensure_ascii=False))
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # of `.. | head`: whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
 
 
 if __name__ == "__main__":

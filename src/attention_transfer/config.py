@@ -679,11 +679,5 @@ _SECTIONS: dict[Any, type[BaseModel]] = {
     "ensembles": Ensemble,
     "architecture": Architecture,
     "decoder": Decoder,
-    "mae": MaskedAutoencoder,
-    "simmim": MaskedImageModelling,
-    "moco_v3": MomentumContrast,
-    "dino": SelfDistillation,
-    "supervised": GroupClassification,
-    "untrained": Untrained,
-    "file": FromFile,
+    **{get_args(kind.model_fields["kind"].annotation)[0]: kind for kind in get_args(get_args(Teacher)[0])},
 }

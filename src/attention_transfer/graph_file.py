@@ -1,6 +1,9 @@
-"""A study's dvc.yaml: whether it waits for all that the study's runs use."""
+"""A study's dvc.yaml: how it is told apart from others, and whether it waits for all that the study's runs use."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 import yaml
 
@@ -9,6 +12,27 @@ from attention_transfer.config import Study
 from attention_transfer.errors import StudyError
 
 _REMEDY = "run: python studies/graphs.py"
+_VARS = "vars:\n  - where.yaml\n"
+
+
+def of_study(graph: str, folder: Path, params: Path) -> str:
+    """The text of a study's own dvc.yaml: ./dvc.yaml with its params."""
+    heading = "# Written by studies/graphs.py: dvc.yaml with the params of this study.\n"
+    return heading + with_params(graph, folder, params)
+
+
+def with_params(graph: str, folder: Path, params: Path) -> str:
+    """The text of a graph that takes its values from a params file elsewhere.
+
+    A file, and no symbolic links to ./dvc.yaml and to the params: of a committed revision DVC reads the files as git
+    keeps them, follows no link, and then shows no metrics, params or experiments of that revision at all.
+
+    Args:
+        graph: text of ./dvc.yaml.
+        folder: where the graph will lie, and beside it where.yaml.
+    """
+    assert graph.count(_VARS) == 1
+    return graph.replace(_VARS, f"{_VARS}  - {os.path.relpath(params, folder)}\n")
 
 
 def check(study: Study) -> None:

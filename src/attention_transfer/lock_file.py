@@ -152,8 +152,8 @@ def _cut(lock: Path, copy: Path, stages: dict[str, Any]) -> set[str]:
     """
     if not stages:
         return set()
-    import voluptuous  # type: ignore[import-untyped]
-    from dvc.schema import COMPILED_LOCK_FILE_STAGE_SCHEMA
+    import voluptuous
+    from dvc.schema import COMPILED_LOCK_FILE_STAGE_SCHEMA  # type: ignore[import-untyped]
 
     name = next(reversed(stages))
     entry = stages[name]

@@ -13,7 +13,7 @@ from attention_transfer.reporting import detectable, records, tables
 FOLDER = Path("reports") / "plans"
 
 
-def show(study: Study, experiments: Mapping[str, Study], pilot: Study) -> None:
+def show(study: Study, experiments: Mapping[str, Study], pilot: Study, *, as_json: bool = False) -> None:
     """Prints the table, and writes it to reports/plans/<study>.md.
 
     Args:
@@ -26,4 +26,4 @@ def show(study: Study, experiments: Mapping[str, Study], pilot: Study) -> None:
     text = f"{found.caption}\n\n{tables.markdown(found)}\n"
     path = FOLDER / f"{study.name}.md"
     write_text(path, text)
-    print(f"{text}\nWritten to {path}")
+    print(found.frame.to_json(orient="records") if as_json else f"{text}\nWritten to {path}")

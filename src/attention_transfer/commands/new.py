@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 import statistics
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image, UnidentifiedImageError
 
-from attention_transfer import config
+from attention_transfer import config, graph_file
 from attention_transfer.config import SHIFTS
 from attention_transfer.errors import StudyError
 from attention_transfer.files import atomic, sha256, write_text
@@ -87,8 +86,9 @@ def write(name: str, images: Path, *, size: int | None, teacher: Path | None, he
             raise StudyError(error.problem, where=str(preset), remedy="choose another --size") from error
     folder.mkdir(parents=True)
     write_text(folder / "where.yaml", f"where:\n  root: ../..\n  params: {preset}\n")
-    for link, target in {"dvc.yaml": Path("dvc.yaml"), "params.yaml": preset}.items():
-        (folder / link).symlink_to(os.path.relpath(target, folder))
+    write_text(
+        folder / "dvc.yaml", graph_file.of_study(Path("dvc.yaml").read_text(encoding="utf-8"), folder, preset)
+    )
     return preset
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Stale:
     shared: int
 
 
-def show(study: Study, experiments: Sequence[Study] = (), *, delete_too: bool) -> None:
+def show(study: Study, experiments: Sequence[Study] = (), *, delete_too: bool, as_json: bool = False) -> None:
     """Prints every find with its size and reason, and deletes it on request.
 
     Args:
@@ -53,9 +54,15 @@ def show(study: Study, experiments: Sequence[Study] = (), *, delete_too: bool) -
             where=study.name,
             remedy=f"name that study: --params presets/{layout.base}.yaml",
         )
+    found = find(study, layout, experiments)
+    if as_json:
+        for stale in found if delete_too else ():
+            delete(stale)
+        rows = [asdict(stale) | {"path": str(stale.path), "deleted": delete_too} for stale in found]
+        print(json.dumps({"found": rows, "left_alone": [*map(str, _linked(study, layout))]}))
+        return
     for root in _linked(study, layout):
         print(f"{root} is reached through a symbolic link: left alone")
-    found = find(study, layout, experiments)
     for stale in found:
         print(
             f"{'delete' if delete_too else 'would delete'} {stale.path}: {_megabytes(stale)}, {stale.reason}"

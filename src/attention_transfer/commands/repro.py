@@ -9,7 +9,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -40,7 +41,7 @@ class Queue:
     """Which stages are left, and which of them can run now.
 
     Attributes:
-        waiting: for each stage that has not begun the stages that it waits for, in an order that respects them.
+        waiting: for each stage that has not begun the stages that it waits for, in the order of `depth_first`.
         jobs: DVCs at a time.
         cores: that they share.
         threads: of a stage, by family: an equal share for those of single students, all cores for the others. So a
@@ -62,25 +63,46 @@ class Queue:
         }
 
     def take(self, busy: int) -> list[str]:
-        """Stages for one DVC: alike in threads, and its share of those that are ready.
+        """Stages for one DVC, in an order in which they can run: a long one by itself, or a share of the students.
+
+        A student's predictions come right behind it. So what is stopped has lost one stage for each DVC, and the
+        first students can be looked at while the last have not begun.
 
         Args:
             busy: threads of the stages at work. Two teams of threads on the same cores wait for each other: what
                 finds too few cores free waits, unless nothing is at work.
         """
-        ready = [stage for stage, before in self.waiting.items() if not before]
         free = self.cores - busy
-        wanted = next((n for stage in ready if (n := self.threads[family(stage)]) <= free or not busy), 0)
-        alike = [stage for stage in ready if self.threads[family(stage)] == wanted]
-        count = max(1, min(LARGEST_BATCH, len(alike) // self.jobs))
-        for stage in alike[:count]:
+        fitting = (
+            stage
+            for stage, before in self.waiting.items()
+            if not before and (self.threads[family(stage)] <= free or not busy)
+        )
+        if (first := next(fitting, None)) is None:
+            return []
+        batch = self._students() if family(first) in OF_STUDENTS else [first]
+        for stage in batch:
             del self.waiting[stage]
-        return alike[:count]
+        return batch
+
+    def _students(self) -> list[str]:
+        """Stages of students that are ready, or will be once those before them in the batch are done."""
+        chosen: dict[str, None] = {}
+        for stage, before in self.waiting.items():
+            if family(stage) in OF_STUDENTS and before <= chosen.keys():
+                chosen[stage] = None
+        count = max(1, min(LARGEST_BATCH, len(chosen) // self.jobs))
+        return [*chosen][:count]
 
     def finish(self, stages: list[str]) -> None:
         self.done += len(stages)
         for before in self.waiting.values():
             before.difference_update(stages)
+
+    def next(self) -> str:
+        """How many of which family have not begun."""
+        counts = Counter(map(family, self.waiting))
+        return ", ".join(f"{count} {kind}" if count > 1 else kind for kind, count in counts.items())
 
 
 @dataclass
@@ -93,11 +115,12 @@ class Clock:
         self.seconds.setdefault(family(stage), []).append(seconds)
 
     def left(self, stages: list[str], jobs: int) -> str:
-        """Of these stages, as far as their families have been measured."""
+        """Of these stages, as far as their families have been measured; only students go side by side."""
         if not stages:
             return "all done"
-        known = [self.seconds[name] for name in map(family, stages) if name in self.seconds]
-        total = sum(sum(times) / len(times) for times in known) / jobs
+        known = [name for name in map(family, stages) if name in self.seconds]
+        means = {name: sum(self.seconds[name]) / len(self.seconds[name]) for name in known}
+        total = sum(means[name] / (jobs if name in OF_STUDENTS else 1) for name in known)
         least = "at least " if len(known) < len(stages) else "about "
         return f"{least}{math.ceil(total / 60)} min to go" if known else "no estimate yet"
 
@@ -129,17 +152,20 @@ class Worker:
         assert self.process.stdout is not None
         stage, since = "", 0.0
         for line in self.process.stdout:
-            self.display.line(self.number, line)
-            if stage and re.match(r"Updating lock file|Stage '|Running stage '|Use `dvc push`", line):
+            if stage and re.match(r"Updating lock file|Stage '|Running stage '|Use `dvc push", line):
                 self.clock.add(stage, time.monotonic() - since)
+                self.display.end(self.number, finished=True)
                 stage = ""
             if found := re.match(r"Running stage '([^']*)'", line):
                 stage, since = found[1], time.monotonic()
+                self.display.begin(self.number, stage)
+            self.display.line(self.number, line)
+        self.display.end(self.number, finished=False)
         self.process.stdout.close()
 
 
 def repro(graph: Path, jobs: int, only: Sequence[str] = ()) -> int:
-    """Brings a graph's stages, and all that they depend on, up to date: an exit code.
+    """Brings a graph's stages, and all that they depend on, up to date: 0, 1, or 128 and the signal that came.
 
     DVC's own locks keep the processes apart: one at a time reads or writes the lock files, and no stage begins
     while another writes what it reads.
@@ -154,10 +180,14 @@ def repro(graph: Path, jobs: int, only: Sequence[str] = ()) -> int:
         StudyError: there is no such graph, or it cannot be read.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    queue, clock, display = Queue(waits_for(graph, only), jobs, cores), Clock(), Display()
-    workers: list[Worker] = []
-    failed = 0
-    display.say(f"{graph}: {queue.total} stages, up to {jobs} at a time on {cores} cores")
+    queue = Queue(depth_first(waits_for(graph, only)), jobs, cores)
+    with Display() as display:
+        display.say(f"{graph}: {queue.total} stages, up to {jobs} at a time on {cores} cores")
+        return _work(queue, display)
+
+
+def _work(queue: Queue, display: Display) -> int:
+    clock, workers, failed = Clock(), list[Worker](), False
 
     def stop() -> None:  # their stages end with them, and save their state
         for worker in workers:
@@ -165,7 +195,9 @@ def repro(graph: Path, jobs: int, only: Sequence[str] = ()) -> int:
 
     with stop_signals.awaited(stop) as stopped:
         while workers or (queue.waiting and not failed and not stopped()):
-            free = [number for number in range(1, jobs + 1) if number not in {w.number for w in workers}]
+            free = [
+                number for number in range(1, queue.jobs + 1) if number not in {w.number for w in workers}
+            ]
             busy = sum(worker.threads for worker in workers)
             if free and not failed and not stopped() and (stages := queue.take(busy)):
                 workers.append(Worker(free[0], stages, queue.threads[family(stages[0])], clock, display))
@@ -179,12 +211,40 @@ def repro(graph: Path, jobs: int, only: Sequence[str] = ()) -> int:
                     for other in workers if not failed else ():
                         display.say(f"[{other.number}] is stopped, since [{worker.number}] has failed")
                         other.process.terminate()
-                    failed = failed or worker.process.returncode
+                    failed = True
                     continue
                 queue.finish(worker.stages)
                 left = [*queue.waiting, *(stage for other in workers for stage in other.stages)]
-                display.say(f"{queue.done} of {queue.total} stages: {clock.left(left, jobs)}")
-    return 128 + stopped() if stopped() else failed
+                then = f"; then {queue.next()}" if queue.waiting else ""
+                display.overall(f"{queue.done} of {queue.total} stages: {clock.left(left, queue.jobs)}{then}")
+    return 128 + stopped() if stopped() else int(failed)
+
+
+def depth_first(waits: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """The same stages in the order in which they are needed: a teacher, its students with their predictions, the next.
+
+    Of those that one stage waits for, the ones that have all cores come first, since they would otherwise have to wait
+    until no student is at work; and among these the ones behind the longest way, which need the others by themselves.
+
+    Args:
+        waits: in an order that respects them.
+    """
+    place = {stage: number for number, stage in enumerate(waits)}
+    depth: dict[str, int] = {}
+    for stage, before in waits.items():
+        depth[stage] = 1 + max((depth[each] for each in before), default=0)
+    ordered: dict[str, set[str]] = {}
+
+    def visit(stages: Iterable[str]) -> None:
+        for stage in sorted(
+            stages, key=lambda each: (family(each) in OF_STUDENTS, -depth[each], place[each])
+        ):
+            if stage not in ordered:
+                visit(waits[stage])
+                ordered[stage] = set(waits[stage])
+
+    visit(waits.keys() - set().union(*waits.values()))
+    return ordered
 
 
 def waits_for(graph: Path, only: Sequence[str] = ()) -> dict[str, set[str]]:

@@ -18,20 +18,32 @@ def text(study: Study) -> str:
     Raises:
         StudyError: it has not been run, or the records of its evaluation are damaged.
     """
-    layout = Layout.of(study)
-    base, _, name = study.name.partition("/")
-    if not experiments.have_run({name: study}, layout.metrics):
-        raise StudyError(
-            "has not been run", where=study.name, remedy=f"run: dvc repro studies/{study.name}/dvc.yaml"
-        )
-    (found,) = experiments.load({name: study}, layout.metrics)
+    base = study.name.partition("/")[0]
     confidence = study.evaluation.confidence
     rows = [
         [run, len(values), per_cent(mean_interval([*values.values()], confidence))]
-        for run, values in found.accuracy.items()
-        if values
+        for run, values in accuracies(study).items()
     ]
     heading = f"test accuracy, % [{100 * confidence:g} %]"
     table = tabulate(rows, ["run", "seeds", heading], tablefmt="github", disable_numparse=True)
     graph = f"studies/{base}/dvc.yaml"
     return f"{table}\n\nIn the report of {base}: dvc repro --single-item {graph}:report"
+
+
+def accuracies(study: Study) -> dict[str, dict[int, float]]:
+    """Test accuracy by run and seed.
+
+    Raises:
+        StudyError: as `text`.
+    """
+    layout, name = Layout.of(study), study.name.partition("/")[2]
+    if not experiments.have_run({name: study}, layout.metrics):
+        raise StudyError(
+            "has not been run", where=study.name, remedy=f"run: dvc repro studies/{study.name}/dvc.yaml"
+        )
+    (found,) = experiments.load({name: study}, layout.metrics)
+    return {
+        run: {int(seed): float(value) for seed, value in values.items()}
+        for run, values in found.accuracy.items()
+        if values
+    }

@@ -1,0 +1,46 @@
+"""`show`: the main table and where the report is; of an experiment, the accuracies of its runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+
+from attention_transfer.commands import show_experiment
+from attention_transfer.config import Study
+from attention_transfer.errors import StudyError
+from attention_transfer.layout import Layout
+
+
+def show(study: Study, params: str, *, as_json: bool) -> None:
+    """Prints what the study has found.
+
+    Raises:
+        StudyError: it has not been run.
+    """
+    if study.is_experiment:
+        print(json.dumps(show_experiment.accuracies(study)) if as_json else show_experiment.text(study))
+        return
+    report = Layout.of(study).report
+    table, page = report / "tables" / "main.md", report / "report.html"
+    if not table.exists():
+        raise StudyError("has no report yet", where=params, remedy="run: dvc repro")
+    if as_json:
+        with table.with_suffix(".csv").open(encoding="utf-8", newline="") as file:
+            rows = [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+        print(json.dumps({"study": study.name, "report": str(page.resolve()), "runs": rows}))
+        return
+    print(table.read_text(encoding="utf-8"))
+    print(f"Report:    {page.resolve()}\nMLflow UI: make ui")
+
+
+def _value(text: str) -> str | int | float | None:
+    """A cell as a number, if it is one; None for none."""
+    try:
+        return int(text) if text.isdecimal() else _finite(float(text or "nan"))
+    except ValueError:
+        return text
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
