@@ -163,6 +163,7 @@ ONLY_IN = {
     "yaml": ("graph_file", "lock_file", "params_yaml", "tracking.sync"),  # all but the third read DVC's files
     "pydantic": ("config", "config_errors", "config_runs", "config_teachers", "config_values"),
     "timm": ("assembly", "data.sources", "models", "training"),
+    "huggingface_hub": ("models.weights_of_timm",),
     "torchvision": ("data.sources",),
 }
 
