@@ -17,6 +17,7 @@ from torch import Tensor
 from attention_transfer.errors import StudyError
 from attention_transfer.models import published, releases, timm_entries, vit
 from attention_transfer.models.releases import FORMATS, IMAGENET
+from attention_transfer.transfer.distill_features import features
 
 GREY = ((0.3,), (0.35,))
 RGB = ((0.41, 0.5, 0.27), (0.21, 0.17, 0.33))
@@ -38,10 +39,7 @@ def normalised(pixels: Tensor, by: releases.Normalisation) -> Tensor:
 @torch.no_grad()
 def tokens(model: Any, pixels: Tensor) -> Tensor:
     """Behind the last block, before any norm."""
-    _, [found] = model.forward_intermediates(
-        pixels, indices=1, return_prefix_tokens=True, norm=False, output_fmt="NLC"
-    )
-    return torch.cat([found[1], found[0]], dim=1) if isinstance(found, tuple) else found
+    return features(model, pixels, (1,))[1][0]
 
 
 @every_release

@@ -98,7 +98,7 @@ def _mapped(weights: dict[str, Tensor], model: ViT, side: int, *, where: Path) -
     try:
         with warnings.catch_warnings():
             # PyTorch's, of the way in which timm resamples tables of relative positions.
-            warnings.filterwarnings("ignore", message="Using a non-tuple sequence")
+            warnings.filterwarnings("ignore", message="Using a non-tuple sequence|torch.searchsorted")
             found = module.checkpoint_filter_fn(
                 _with_a_table_for_each_block(weights, model), model, **options
             )
