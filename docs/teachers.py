@@ -55,45 +55,46 @@ PUBLISHED = {
 HEAD = """# Published teachers
 
 Written by `python docs/teachers.py` from the configurations of timm {version}. Each family is tried in
-tests/test_published_families.py, small and with random weights: attention is read and handed back, a matched and a plain
-student take a step of Attention Copy and of Attention Distill. The published weights themselves are not part of the tests.
+tests/test_published_families.py, small and with random weights: attention is read and handed back, a matched and a
+plain student take steps of Attention Copy and of Attention Distill. The published weights are not part of the tests.
 
 ```yaml
 teachers:
   dinov2:
-    kind: timm # or hf-hub:<owner>/<model>, in timm's format
-    name: vit_small_patch14_dinov2.lvd142m
+    kind: timm
+    name: vit_small_patch14_dinov2.lvd142m # or hf-hub:<owner>/<model>, in timm's format
     architecture: {example}
 ```
 
-`python -m attention_transfer new NAME --images FOLDER --teacher timm:vit_small_patch14_dinov2.lvd142m` writes such a study.
-`architecture.timm` names the entry of timm that builds the model: what stands in the last columns, and all else that no
-other key says, is that of the entry. A student of the same architecture, the default, is *matched*: randomly initialised,
-with all of the family's components. A *plain* student has `architecture` without `timm` and components, in a run; where
-the teacher has no class token, with `class_token: false`. All students have mean pool of patch tokens, LayerNorm and linear head.
+`python -m attention_transfer new NAME --images FOLDER --teacher timm:vit_small_patch14_dinov2.lvd142m` writes such a
+study. `architecture.timm` names the entry of timm that builds the model, with what stands in the columns components and
+details and all else that no other key says. A student of the same architecture, the default, is *matched*: randomly
+initialised, with all of the family's components. A *plain* student has, in its run, an `architecture` without `timm`
+and components; where the teacher has no class token, with `class_token: false`. All students have mean pool of patch
+tokens, LayerNorm and linear head.
 
-The weights are fitted when the stage `pretrain` obtains the teacher, and its record says how: positions are resampled by
-timm to the study's patches; the mean and deviation that the teacher's images had are folded, against the study's, into
-its patch projection, exactly. The record names the SHA-256 of the file too; the key `sha256` makes another file an error.
+The weights are fitted when the stage `pretrain` obtains the teacher, and its record says how: positions are resampled
+by timm to the study's patches; the mean and deviation that the teacher's images had are folded, against the study's,
+into its patch projection, exactly. run.json names the SHA-256 of the file, the key `sha256` makes another one an error.
 
 ## Families
 
-Licence: as timm states it, which has one default for each of its files; the model card counts. Transfer: Qin et al. (2026)
-report of 11 families that 7 transfer to a plain student, and that 4 fall up to 5.1 points below scratch, DINOv2, CLIP and
-BEiTv2 among them; of MAE, DINO and MoCo v3, Li et al. (2024) report that it works.
+Licence: as timm states it, which has one default for each of its files; the model card counts. Transfer: Qin et al.
+(2026) report of 11 families that 7 transfer to a plain student, and that 4 fall up to 5.1 points below scratch, DINOv2,
+CLIP and BEiTv2 among them; of MAE, DINO and MoCo v3, Li et al. (2024) report that it works.
 
 """
 TAIL = """
 ## Not served
 
 Attention that is not one map over all tokens a head ([attention-access.md](attention-access.md)); distilled DeiT, whose
-head timm ties to two tokens; Sapiens2, whose heads share keys; FlexiViT and RADIO, whose positions timm resamples by rules of
-their own.
+head timm ties to two tokens; the larger Sapiens2, whose heads share keys; FlexiViT and RADIO, whose positions timm
+resamples by rules of their own.
 
 ## Files
 
-`kind: file` takes safetensors, or a file of PyTorch's that loads without running code that is in it. Its key `format` says whose
-layout it has; where it is left out, the content has to tell.
+`kind: file` takes safetensors, or a file of PyTorch's that loads without running code that is in it. Its key `format`
+says whose layout it has; where it is left out, the content has to tell.
 
 | format | where the encoder lies | image normalisation | told by the content |
 |:--|:--|:--|:--|
@@ -109,7 +110,7 @@ TOLD = {
 
 
 def page() -> str:
-    example = timm_entries.flow(timm_entries.described("vit_small_patch14_dinov2").architecture)
+    example = timm_entries.described("vit_small_patch14_dinov2").architecture.flow()
     lines = [
         "| family | in timm | licence | image, patch | components | details | transfer to a plain student |",
         "|:--|:--|:--|:--|:--|:--|:--|",

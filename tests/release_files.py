@@ -106,7 +106,7 @@ def _dinov2(weights: Weights) -> dict[str, Any]:
 def _dinov2_registers(weights: Weights) -> dict[str, Any]:
     """Positions have a place for the class token, which timm adds to it."""
     released = _dinov2(weights)
-    place = torch.randn(1, 1, 16)
+    place = torch.randn_like(weights["cls_token"])
     released["register_tokens"] = released.pop("reg_token")
     released["cls_token"] = released["cls_token"] - place
     released["pos_embed"] = torch.cat([place, released["pos_embed"]], dim=1)

@@ -1,4 +1,4 @@
-"""Every family of docs/teachers.md, small and with random weights: a teacher, its attention, students that learn from it."""
+"""Every family of docs/teachers.md, small and with random weights: teacher, attention, students that learn."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_stated_sizes_are_those_that_timm_builds() -> None:
     with pytest.raises(StudyError) as caught:
         vit.model_arguments(wrong, image_size=28, channels=3, classes=4)
     assert "heads 6, not 8" in caught.value.problem
-    assert timm_entries.flow(right) in caught.value.remedy
+    assert right.flow() in caught.value.remedy
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,7 @@ class InMemory(stage.Stage):
         work: Callable[[], Mapping[str, float]],
         live: bool,
     ) -> None:
+        self.params, self.inputs = dict(params), dict(inputs)
         self.metrics = dict(work())
 
     def checkpoints(self) -> Path:

@@ -53,6 +53,7 @@ def new(arguments: argparse.Namespace) -> None:
         size=arguments.size,
         teacher=arguments.teacher,
         heads=arguments.heads,
+        format=arguments.format,
     )
     print(f"{preset} is written: look it through.\nThen: make study STUDY={arguments.name}")
 
@@ -273,9 +274,17 @@ def main() -> None:
         "--size", type=int, help="of the images, in pixels (default: 64 or less)"
     )
     commands.choices["new"].add_argument(
-        "--teacher", type=Path, help="its weights, safetensors (default: it is pre-trained on the images)"
+        "--teacher",
+        help="timm:<entry>.<tag>, hf-hub:<owner>/<model>, or a file (default: it is pre-trained on the images)",
     )
-    commands.choices["new"].add_argument("--heads", type=int, help="of the teacher: its weights do not tell")
+    commands.choices["new"].add_argument(
+        "--heads",
+        type=int,
+        help="of a teacher in a file, whose weights do not tell (default: those of its format)",
+    )
+    commands.choices["new"].add_argument(
+        "--format", help="whose layout the file has, such as mae, where it does not tell (docs/teachers.md)"
+    )
     commands.choices["remake"].add_argument("stage", help="as DVC names it, such as train@copy-0")
     commands.choices["run"].add_argument("--jobs", type=_jobs, default=1, help="stages at a time")
     commands.choices["run"].add_argument(

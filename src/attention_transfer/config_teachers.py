@@ -85,6 +85,15 @@ class Architecture(Extended):
         """Patches, class token and registers of a square image of so many pixels a side."""
         return (image_size // self.patch_size) ** 2 + self.class_token + self.registers
 
+    def flow(self) -> str:
+        """As a line of params.yaml, without what may be left out."""
+        stated = self.model_dump(mode="json")
+        stated["components"] = f"[{', '.join(self.components)}]" if self.components else None
+        shown = {
+            key: str(value).lower() if isinstance(value, bool) else value for key, value in stated.items()
+        }
+        return f"{{ {', '.join(f'{key}: {value}' for key, value in shown.items() if value is not None)} }}"
+
 
 class Decoder(Section):
     """The masked autoencoder's light decoder."""

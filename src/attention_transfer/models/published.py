@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import warnings
 from collections.abc import Mapping
@@ -16,11 +15,10 @@ from torch import Tensor
 
 from attention_transfer.errors import StudyError
 from attention_transfer.models import vit
-from attention_transfer.models.releases import NOT_ENCODER, Normalisation
+from attention_transfer.models.releases import NOT_ENCODER, Normalisation, places
 from attention_transfer.models.timm_entries import ViT
 
 PATCHES = "patch_embed.proj.weight"
-_POSITIONS = ("pos_embed", "visual.pos_embed", "visual.trunk.pos_embed", "visual.positional_embedding")
 _SHARED_BIAS = "rel_pos_bias.relative_position_bias_table"
 _BIAS = "relative_position_bias_table"
 _CANNOT = (RuntimeError, KeyError, AttributeError, ValueError, TypeError, IndexError)
@@ -121,14 +119,8 @@ def _with_a_table_for_each_block(weights: dict[str, Tensor], model: Any) -> dict
 
 def _grid(weights: Mapping[str, Tensor], model: Any) -> int | None:
     """Patches along a side that the positions in a file are for, before timm has resampled them."""
-    positions = next((weights[name] for name in _POSITIONS if name in weights), None)
-    if positions is not None and getattr(model, "pos_embed", None) is not None:
-        embedded = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
-        prefix = 1 if "register_tokens" in weights else embedded  # DINOv2 has a place for its class token
-        return math.isqrt(positions.shape[-2] - prefix)
-    table = next((value for name, value in weights.items() if name.endswith(_BIAS)), None)
-    # A table has (2 n - 1)^2 places, and three for the class token.
-    return None if table is None else (math.isqrt(table.shape[0]) + 1) // 2
+    embedded = 0 if getattr(model, "no_embed_class", False) else model.num_prefix_tokens
+    return places(weights, prefix=embedded)
 
 
 def _renormalised(

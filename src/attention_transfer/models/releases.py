@@ -7,6 +7,7 @@ project that made it; the names inside of the encoder are then left to timm, see
 from __future__ import annotations
 
 import argparse
+import math
 import pickle
 import re
 import warnings
@@ -34,6 +35,7 @@ Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 IMAGENET: Normalisation = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 INCEPTION: Normalisation = (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD)
 
+_POSITIONS = ("pos_embed", "visual.pos_embed", "visual.trunk.pos_embed", "visual.positional_embedding")
 NOT_ENCODER = ("head.", "head_dist.", "fc_norm.", "norm.", "attn_pool.", "pre_logits.")
 """What stands behind the blocks: students have their own pool, norm and head."""
 
@@ -213,8 +215,26 @@ def detected(path: Path, content: Mapping[str, Any], *, where: str) -> Release:
     raise StudyError(
         "does not tell whose layout it has, on which depends how its images were normalised",
         where=str(path),
-        remedy=f"set the key format beside {where} to one of {', '.join(FORMATS)}",
+        remedy=f"say whose, as format beside {where}: one of {', '.join(FORMATS)}",
     )
+
+
+def places(weights: Mapping[str, Any], *, prefix: int = 1) -> int | None:
+    """Patches along a side that an encoder's positions are for; None where no weight tells.
+
+    Args:
+        prefix: places of other tokens in its position embedding.
+    """
+    positions = next((weights[name] for name in _POSITIONS if name in weights), None)
+    if positions is not None:
+        if "register_tokens" in weights:
+            prefix = 1  # DINOv2 has a place for its class token, and none for its registers
+        return math.isqrt(positions.shape[-2] - prefix)
+    table = next(
+        (value for name, value in weights.items() if name.endswith("relative_position_bias_table")), None
+    )
+    # A table has (2 n - 1)^2 places, and three for the class token.
+    return None if table is None else (math.isqrt(table.shape[0]) + 1) // 2
 
 
 def _names(content: Mapping[str, Any], key: str) -> list[str]:

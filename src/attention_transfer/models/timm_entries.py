@@ -97,19 +97,9 @@ def arguments(architecture: Architecture) -> dict[str, Any]:
         raise _refused(
             architecture.timm,
             f"builds {', '.join(different)}",
-            f"write architecture: {flow(entry.architecture)}",
+            f"write architecture: {entry.architecture.flow()}",
         )
     return POOLED[entry.kind]
-
-
-def flow(architecture: Architecture) -> str:
-    """An architecture as a line of params.yaml, without what may be left out."""
-    stated = architecture.model_dump(mode="json")
-    if not stated["components"]:
-        del stated["components"]
-    words = {key: str(value).lower() if isinstance(value, bool) else value for key, value in stated.items()}
-    words |= {"components": f"[{', '.join(stated['components'])}]"} if "components" in stated else {}
-    return f"{{ {', '.join(f'{key}: {value}' for key, value in words.items())} }}"
 
 
 def hidden_width(architecture: Architecture) -> float:
