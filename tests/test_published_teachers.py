@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import release_files
-import tiny_study
 import timm
+import tiny_study
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
@@ -108,7 +108,7 @@ def test_students_of_a_release_are_trained(
     pretrain(teacher)
     weights, metrics = tiny_study.train(tiny_study.make_study(method, teacher))
     untrained, _ = tiny_study.train(tiny_study.make_study("scratch", teacher))
-    assert np.isfinite(metrics["loss"] if "loss" in metrics else list(metrics.values())[0])
+    assert np.isfinite(list(metrics.values())).all()
     assert ("blocks.0.attn.qkv.weight" in weights) == (method != "copy")
     assert not torch.equal(weights["blocks.1.mlp.fc1.weight"], untrained["blocks.1.mlp.fc1.weight"])
 

@@ -9,13 +9,13 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image, UnidentifiedImageError
 
 from attention_transfer import config
-from attention_transfer.config import HUB, SHIFTS, Architecture, Release
+from attention_transfer.config import HUB, SHIFTS, Architecture
 from attention_transfer.errors import StudyError
 from attention_transfer.files import atomic, sha256, write_text
 
@@ -253,7 +253,7 @@ def _from_file(path: Path, heads: int | None, format: str | None) -> Brought:
         raise StudyError(
             f"{format} is no format", where="--format", remedy=f"choose one of {', '.join(releases.FORMATS)}"
         )
-    released = releases.load(path, cast(Release | None, format), where="--teacher")
+    released = releases.load(path, format, where="--teacher")
     shapes = {name: tuple(value.shape) for name, value in released.encoder.items()}
     known = releases.FORMATS[released.format]
     try:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -245,7 +245,7 @@ def _names(content: Mapping[str, Any], key: str) -> list[str]:
 def _unwrapped(content: Mapping[str, Any], wrappers: tuple[str, ...]) -> dict[str, Tensor]:
     """The weights, wherever they lie in the file; whatever is none is left out."""
     inside = next((content[key] for key in wrappers if isinstance(content.get(key), dict)), content)
-    return {str(name): cast(Tensor, value) for name, value in inside.items() if isinstance(value, Tensor)}
+    return {str(name): value for name, value in inside.items() if isinstance(value, Tensor)}
 
 
 def _is_safetensors(path: Path) -> bool:

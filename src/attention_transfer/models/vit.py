@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import timm
 import torch
@@ -16,7 +16,8 @@ from attention_transfer.config import Architecture
 from attention_transfer.errors import StudyError, repro
 from attention_transfer.files import atomic, read_sealed, write_sealed, xxh3
 from attention_transfer.models import timm_entries
-from attention_transfer.models.timm_entries import ViT
+
+ViT: TypeAlias = timm_entries.ViT
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
