@@ -13,7 +13,7 @@ from attention_transfer.assembly import Parts
 from attention_transfer.data import pretraining_images, views
 from attention_transfer.errors import StudyError
 from attention_transfer.files import sha256, write_csv
-from attention_transfer.models import pretraining, vit
+from attention_transfer.models import pretraining, published, releases, vit, weights_of_timm
 from attention_transfer.training import machine
 from attention_transfer.training.batches import Render
 from attention_transfer.training.checkpoint import Checkpoint
@@ -31,6 +31,9 @@ def main(this: Stage) -> None:
         "images": parts.description.fingerprint,
         "pretrain": sha256(this.layout.splits / "pretrain.txt"),
     }
+    if isinstance(teacher, config.FromTimm):
+        tagged, path = by_name(this, teacher)
+        inputs["weights"] = checked(this, path, teacher.sha256)
 
     def work() -> dict[str, Any]:
         arguments = parts.teacher_arguments(name)
@@ -42,7 +45,11 @@ def main(this: Stage) -> None:
             case config.Untrained():
                 model = vit.create(arguments, seed=teacher.seed)
             case config.FromFile():
-                model = from_file(this, teacher, arguments)
+                model, metrics = from_file(this, parts, teacher)
+            case config.FromTimm():
+                content = releases.read(path, made_by="remove the file, so that it is downloaded anew")
+                model, metrics = fitted(this, parts, content, tagged.images, path)
+                metrics |= {"weights_image_size": tagged.image_size}
         renamed = [{**row, "pretraining_loss": row["total"]} for row in rows]
         write_csv(this.record / "curve.csv", CURVE, renamed)
         vit.save(this.layout.teacher(name), model, arguments)
@@ -133,26 +140,61 @@ def images(parts: Parts, teacher: config.Pretrained, *, where: str) -> tuple[int
     )
 
 
-def from_file(this: Stage, teacher: config.FromFile, arguments: vit.Arguments) -> torch.nn.Module:
-    """Takes an encoder that the user brings; a head in the file is left out, as students have their own."""
-    where = this.where(f"teachers.{this.instance['teacher']}.path")
-    path = Path(teacher.path)
-    if path.is_file() and (found := sha256(path)) != teacher.sha256:
+def by_name(this: Stage, teacher: config.FromTimm) -> tuple[weights_of_timm.Tagged, Path]:
+    """What timm says of the teacher, and the file with its weights."""
+    where = this.where(f"teachers.{this.instance['teacher']}.name")
+    tagged = weights_of_timm.tagged(teacher.name, where=where)
+    if tagged.entry != teacher.architecture.timm:
         raise StudyError(
-            f"{path} has SHA-256 {found}, not {teacher.sha256}",
+            f"{teacher.name} is built by {tagged.entry}, not by {teacher.architecture.timm}",
+            where=where,
+            remedy="correct architecture.timm beside it",
+        )
+    return tagged, weights_of_timm.file(tagged, where=where)
+
+
+def from_file(
+    this: Stage, parts: Parts, teacher: config.FromFile
+) -> tuple[torch.nn.Module, dict[str, float]]:
+    """Takes an encoder that the user brings, in the layout of a release."""
+    path = Path(teacher.path)
+    if path.is_file():
+        checked(this, path, teacher.sha256)
+    where = this.where(f"teachers.{this.instance['teacher']}.path")
+    released = releases.load(path, teacher.format, where=where)
+    images = releases.FORMATS[released.format].images
+    if teacher.mean is not None and teacher.std is not None:
+        images = (teacher.mean, teacher.std)
+    return fitted(this, parts, released.encoder, images, path)
+
+
+def checked(this: Stage, path: Path, wanted: str | None) -> str:
+    """The file's SHA-256, which has to be the one in params.yaml where that states one."""
+    found = sha256(path)
+    if wanted not in (None, found):
+        raise StudyError(
+            f"{path} has SHA-256 {found}, not {wanted}",
             where=this.where(f"teachers.{this.instance['teacher']}.sha256"),
             remedy="bring the right file, or set this key to the file's",
         )
-    weights = vit.load_weights(
-        Path(teacher.path), made_by=f"correct the path in {where}, or convert the file"
-    )
-    model = vit.create(arguments, seed=0)
-    fresh = {key: value for key, value in model.state_dict().items() if key.startswith("fc_norm.")}
-    encoder = {
-        key: value for key, value in weights.items() if not key.startswith(("head.", "fc_norm.", "norm."))
-    }
-    vit.insert(model, {**encoder, **fresh}, where=path)
-    return model
+    return found
+
+
+def fitted(
+    this: Stage,
+    parts: Parts,
+    weights: dict[str, Any],
+    images: releases.Normalisation | None,
+    path: Path,
+) -> tuple[torch.nn.Module, dict[str, float]]:
+    """The model with these weights, for the study's images, and the patches that it had and has."""
+    own = (tuple(parts.description.mean), tuple(parts.description.std))
+    arguments = parts.teacher_arguments(this.instance["teacher"])
+    found = published.fit(weights, arguments, trained=images, study=own, where=path)
+    this.paths["weights"] = found.changes
+    side = found.model.patch_embed.grid_size[0]
+    sizes = {} if found.grid is None else {"weights_patches": found.grid**2, "patches": side**2}
+    return found.model, {**sizes, "images_folded": int(images is not None)}
 
 
 if __name__ == "__main__":

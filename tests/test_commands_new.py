@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import release_files
 import timm
 import yaml
 from PIL import Image
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 from attention_transfer import config
 from attention_transfer.commands import new
 from attention_transfer.errors import StudyError
+from attention_transfer.models import timm_entries
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ("daisy", "rose", "tulip")
@@ -52,7 +54,8 @@ def draw(folder: Path, split: str, count: int, mode: str = "RGB") -> None:
 
 
 def write(images: str = "flowers", **changes: object) -> Path:
-    given = {"size": None, "teacher": None, "heads": None} | changes
+    given = {"size": None, "teacher": None, "heads": None, "format": None} | changes
+    given["teacher"] = None if given["teacher"] is None else str(given["teacher"])
     return new.write("flowers", Path(images), **given)  # type: ignore[arg-type]
 
 
@@ -127,7 +130,7 @@ def test_what_cannot_be_used_is_said_and_nothing_is_written(repository: Path) ->
         ({"images": "only_train"}, "has no test images"),
         ({"images": "apart"}, "different classes: rose"),
         ({"images": "damaged"}, "cannot be read"),
-        ({"teacher": text, "heads": 2}, "holds no weights of timm's VisionTransformer"),
+        ({"teacher": text, "heads": 2}, "is not a whole file of weights"),
         ({"size": 7}, r"presets/flowers\.yaml: .*image_size"),
     ):
         with pytest.raises(StudyError, match=message):
@@ -137,3 +140,67 @@ def test_what_cannot_be_used_is_said_and_nothing_is_written(repository: Path) ->
     write()
     with pytest.raises(StudyError, match=r"flowers\.yaml: is there already"):
         write()
+
+
+def test_a_published_teacher_is_written_without_its_weights(repository: Path) -> None:
+    """timm's configurations come with it: sizes, components and what its images were like."""
+    study = config.load(write(teacher="timm:vit_small_patch14_reg4_dinov2.lvd142m"))
+    teacher = study.teachers["teacher"]
+    assert teacher.kind == "timm"
+    assert teacher.name == "vit_small_patch14_reg4_dinov2.lvd142m"
+    assert teacher.architecture == timm_entries.described("vit_small_patch14_reg4_dinov2").architecture
+    assert study.data.image_size == 518
+    assert study.runs["distill"].learning_rate == pytest.approx(
+        1e-4 * study.runs["distill"].batch_size / 256, rel=0.1
+    )
+
+
+def test_the_size_of_a_published_teachers_images_can_be_chosen(repository: Path) -> None:
+    study = config.load(write(teacher="timm:vit_small_patch16_224.dino", size=96))
+    assert study.data.image_size == 96
+    shutil.rmtree(repository / "studies")
+    (repository / "presets" / "flowers.yaml").unlink()
+    with pytest.raises(StudyError, match=r"patch_size: 16 does not divide data\.image_size, 100"):
+        write(teacher="timm:vit_small_patch16_224.dino", size=100)
+    with pytest.raises(StudyError, match=r"--teacher: vit_small_patch16_224\.dano is no published model"):
+        write(teacher="timm:vit_small_patch16_224.dano")
+
+
+@pytest.mark.parametrize(
+    ("release", "format", "changes", "entry"),
+    [
+        ("MAE, encoder", "mae", {"embed_dim": 192, "num_heads": 3}, None),
+        ("MoCo v3", None, {"embed_dim": 384, "num_heads": 12}, None),
+        (
+            "DINOv2 with registers",
+            None,
+            {"embed_dim": 384, "num_heads": 6, "img_size": 56},
+            "vit_small_patch14_reg4_dinov2",
+        ),
+        ("BEiTv2", None, {"embed_dim": 768, "num_heads": 12}, "beitv2_base_patch16_224"),
+    ],
+)
+def test_a_release_tells_its_architecture(
+    release: str, format: str | None, changes: dict[str, int], entry: str | None, repository: Path
+) -> None:
+    path = repository / "weights.pth"
+    model = release_files.write(path, release, **changes)
+    study = config.load(write(teacher=path, format=format))
+    teacher = study.teachers["teacher"]
+    assert teacher.kind == "file"
+    assert teacher.architecture.timm == entry
+    assert teacher.architecture.heads == changes["num_heads"] == model.blocks[0].attn.num_heads
+    assert teacher.architecture.width == changes["embed_dim"]
+    assert study.data.image_size == changes.get("img_size", release_files.SIZE)
+
+
+def test_a_format_that_does_not_show_is_asked_for(repository: Path) -> None:
+    path = repository / "weights.pth"
+    release_files.write(path, "DeiT")
+    with pytest.raises(StudyError, match="does not tell whose layout"):
+        write(teacher=path)
+    with pytest.raises(StudyError, match="--format: dei is no format"):
+        write(teacher=path, format="dei")
+    release_files.write(path, "DINOv2")
+    with pytest.raises(StudyError, match="is 16 wide, and of dinov2"):
+        write(teacher=path)

@@ -7,6 +7,7 @@ import datetime
 import json
 import math
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,15 @@ from attention_transfer.errors import StudyError
 ROOT = Path(__file__).parents[1]
 STUDIES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
 # Keys that a study need not have: no components, the task's images, no RandAugment, the mean colour.
-LEFT_OUT = {"components", "images", "rand_augment", "erase_with"}
+LEFT_OUT = {
+    "components",
+    "images",
+    "class_token",
+    "register_tokens",
+    "timm",
+    "rand_augment",
+    "erase_with",
+}
 NAMED = (
     "teachers",
     "finetuned_teachers",
@@ -848,3 +857,91 @@ def test_a_crop_larger_than_the_resized_image(tmp_path: Path) -> None:
     values = changed()
     values["data"]["resize"] = 20
     assert "data.resize: 20 is smaller than image_size, 28" in refusal(tmp_path, values)
+
+
+def test_keys_that_came_later_stand_in_no_record_where_they_are_left_out() -> None:
+    """So that fingerprints and resolved params of studies without them stay what they are."""
+    sizes = {"patch_size": 7, "width": 96, "depth": 6, "heads": 4, "mlp_ratio": 4.0}
+    plain = config.Architecture(**sizes)
+    assert plain.model_dump(mode="json") == {**sizes, "components": []}
+    file = config.FromFile(kind="file", architecture=plain, path="w", sha256="0" * 64)
+    assert file.model_dump(mode="json") == {
+        "kind": "file", "architecture": {**sizes, "components": []}, "path": "w", "sha256": "0" * 64,
+    }  # fmt: skip
+    stated = config.Architecture(**sizes, class_token=False, timm="vit_base_patch16_siglip_224")
+    assert stated.model_dump() == {
+        **sizes, "components": (), "class_token": False, "timm": "vit_base_patch16_siglip_224",
+    }  # fmt: skip
+    assert stated.tokens(28) == 16
+    assert config.Architecture(**sizes, components=("registers",), register_tokens=1).tokens(28) == 18
+
+
+PUBLISHED = {
+    "kind": "timm",
+    "name": "vit_base_patch16_224.mae",
+    "architecture": {
+        "patch_size": 7, "width": 96, "depth": 6, "heads": 4, "mlp_ratio": 4.0, "timm": "vit_base_patch16_224",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("name", "vit_base_patch16_224", "name: 'vit_base_patch16_224' is neither <entry>.<tag> of timm"),
+        ("name", "hf-hub:mae", "name: 'hf-hub:mae' is neither"),
+        (
+            "name",
+            "vit_large_patch16_224.mae",
+            "architecture.timm: vit_base_patch16_224 is not vit_large_patch16_224",
+        ),
+        ("sha256", "abc", "sha256: 'abc' is refused"),
+        ("architecture.timm", None, "architecture.timm: is missing: say by which entry"),
+        ("architecture.register_tokens", 1, "register_tokens: needs the component registers"),
+    ],
+)
+def test_a_published_teacher_is_named_wholly(key: str, value: Any, says: str, tmp_path: Path) -> None:
+    for right in ("vit_base_patch16_224.mae", "hf-hub:owner/model", "hf-hub:owner/model@abc"):
+        study = load(tmp_path, changed(**{"teachers.mae": {**PUBLISHED, "name": right}}))
+        assert study.teachers["mae"].architecture.timm == "vit_base_patch16_224"
+    with pytest.raises(StudyError, match=re.escape(says)):
+        load(tmp_path, changed(**{"teachers.mae": copy.deepcopy(PUBLISHED), f"teachers.mae.{key}": value}))
+
+
+def test_a_file_states_mean_and_deviation_together(tmp_path: Path) -> None:
+    file = {
+        "kind": "file",
+        "path": "w",
+        "sha256": "0" * 64,
+        "architecture": CORE["teachers"]["mae"]["architecture"],
+    }
+    with pytest.raises(StudyError, match="mean, std: stand together"):
+        load(tmp_path, changed(**{"teachers.mae": {**file, "mean": [0.5, 0.5, 0.5]}}))
+    with pytest.raises(StudyError, match="format: 'clip' is refused"):
+        load(tmp_path, changed(**{"teachers.mae": {**file, "format": "clip"}}))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "says"),
+    [
+        (
+            {"class_token": False},
+            {},
+            "class_token: the teacher has none; give the student class_token: false",
+        ),
+        (
+            {"components": ["registers"], "register_tokens": 8},
+            {"components": ["registers"]},
+            "no counterparts",
+        ),
+    ],
+)
+def test_a_student_has_no_token_that_its_teacher_lacks(
+    teacher: dict[str, Any], student: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    sizes = CORE["teachers"]["mae"]["architecture"]
+    untrained = {"kind": "untrained", "seed": 0, "architecture": {**sizes, **teacher}}
+    changes = {"teachers.mae": untrained, "runs.distill.architecture": {**sizes, **student}}
+    with pytest.raises(StudyError, match=says):
+        load(tmp_path, changed(**changes))
+    load(tmp_path, changed(**{**changes, "runs.distill.architecture": {**sizes, **teacher}}))

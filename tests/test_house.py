@@ -157,6 +157,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "lock_file",
         "measuring",
         "models.students",
+        "models.releases",
+        "models.timm_entries",
+        "models.weights_of_timm",
         "params_yaml",
         "plan",
         "provenance",
@@ -180,7 +183,7 @@ ONLY_IN = {
     "timm": ("assembly", "data.decoding", "data.sources", "exporting.timm_folder", "models", "training"),
     "onnx": ("exporting.onnx_file",),
     "onnxruntime": ("exporting.onnx_file",),
-    "huggingface_hub": ("exporting.card", "exporting.hub"),
+    "huggingface_hub": ("exporting.card", "exporting.hub", "models.weights_of_timm"),
     "torchvision": ("data.sources",),
 }
 

@@ -96,14 +96,19 @@ def _copy(value: Any) -> Any:
     return {key: _copy(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def write_inputs(folder: Path) -> None:
-    """Writes images, splits and teachers below `folder`, where the stages then have to run."""
+def write_inputs(folder: Path, size: int = 8) -> None:
+    """Writes images, splits and teachers below `folder`, where the stages then have to run.
+
+    Args:
+        size: of the images in pixels, a multiple of 8.
+    """
     study, layout = make_study("scratch"), Layout("tiny")
     generator = np.random.default_rng(0)
     labels = np.arange(60) % 3
     pixels = generator.integers(0, 120, (60, 1, 8, 8)) + 60 * labels[:, None, None, None] * np.eye(
         8, dtype=int
     )
+    pixels = pixels.repeat(size // 8, axis=2).repeat(size // 8, axis=3)
     train = images.ImageSet(np.clip(pixels, 0, 255).astype(np.uint8), labels)
     test = images.ImageSet(train.images[:12], labels[:12])
     images.save(folder / layout.images, "made up", ["a", "b", "c"], {"train": train, "test": test})
@@ -111,14 +116,16 @@ def write_inputs(folder: Path) -> None:
     write_sealed(folder / layout.resolved("run"), {})
     for name, teacher in study.teachers.items():
         assert isinstance(teacher, Untrained)
-        arguments = vit.model_arguments(teacher.architecture, image_size=8, channels=1, classes=0)
+        arguments = vit.model_arguments(teacher.architecture, image_size=size, channels=1, classes=0)
         model = vit.create(arguments, seed=teacher.seed)
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(teacher.seed)
             for block in model.blocks:
                 block.attn.qkv.weight.normal_(std=0.5)  # maps that are far from uniform
         vit.save(folder / layout.teacher(name), model, arguments)
-    arguments = vit.model_arguments(study.teachers["first"].architecture, image_size=8, channels=1, classes=3)
+    arguments = vit.model_arguments(
+        study.teachers["first"].architecture, image_size=size, channels=1, classes=3
+    )
     for name, made in study.finetuned_teachers.items():
         tutor = vit.create(arguments, seed=made.seed)
         with torch.no_grad():
@@ -153,6 +160,7 @@ class InMemory(stage.Stage):
         work: Callable[[], Mapping[str, float]],
         live: bool,
     ) -> None:
+        self.params, self.inputs = dict(params), dict(inputs)
         self.metrics = dict(work())
 
     def checkpoints(self) -> Path:

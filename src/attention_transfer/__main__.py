@@ -35,6 +35,7 @@ def new(arguments: argparse.Namespace) -> None:
         size=arguments.size,
         teacher=arguments.teacher,
         heads=arguments.heads,
+        format=arguments.format,
     )
     if arguments.json:
         print(json.dumps({"params": str(preset), "study": arguments.name}))
@@ -324,9 +325,17 @@ def _arguments(commands: Mapping[str, argparse.ArgumentParser]) -> None:
     )
     commands["new"].add_argument("--size", type=int, help="of the images, in pixels (default: 64 or less)")
     commands["new"].add_argument(
-        "--teacher", type=Path, help="its weights, safetensors (default: it is pre-trained on the images)"
+        "--teacher",
+        help="timm:<entry>.<tag>, hf-hub:<owner>/<model>, or a file (default: it is pre-trained on the images)",
     )
-    commands["new"].add_argument("--heads", type=int, help="of the teacher: its weights do not tell")
+    commands["new"].add_argument(
+        "--heads",
+        type=int,
+        help="of a teacher in a file, whose weights do not tell (default: those of its format)",
+    )
+    commands["new"].add_argument(
+        "--format", help="whose layout the file has, such as mae, where it does not tell (docs/teachers.md)"
+    )
     _describe_export(commands["export"])
     commands["remake"].add_argument("stage", help="as DVC names it, such as train@copy-0")
     commands["run"].add_argument("--jobs", type=_jobs, default=1, help="stages at a time (default: 1)")

@@ -127,7 +127,7 @@ class Parts:
 
         def layout(architecture: Architecture) -> TokenLayout:
             side = study.data.image_size // architecture.patch_size
-            return TokenLayout(True, architecture.registers, (side, side))
+            return TokenLayout(architecture.class_token, architecture.registers, (side, side))
 
         return layout(study.teachers[study.runs[run].teacher].architecture), layout(study.architecture(run))
 

@@ -25,15 +25,18 @@ from attention_transfer.config_runs import (
     Run,
 )
 from attention_transfer.config_teachers import (
+    HUB,
     Architecture,
     Component,
     Decoder,
     FromFile,
+    FromTimm,
     GroupClassification,
     MaskedAutoencoder,
     MaskedImageModelling,
     MomentumContrast,
     Pretrained,
+    Release,
     SelfDistillation,
     Teacher,
     Untrained,
@@ -56,16 +59,19 @@ from attention_transfer.errors import StudyError
 
 __all__ = [
     "COPIES_ATTENTION",
+    "HUB",
     "Architecture",
     "AttentionLoss",
     "Component",
     "FromFile",
+    "FromTimm",
     "GroupClassification",
     "MaskedAutoencoder",
     "MaskedImageModelling",
     "MomentumContrast",
     "Pretrained",
     "PublishedSet",
+    "Release",
     "Run",
     "SelfDistillation",
     "Study",
@@ -447,15 +453,23 @@ class Study(Section):
                 f"runs.{name}.architecture.patch_size: {student.patch_size} makes other tokens than the "
                 f"teacher's {teacher.patch_size}"
             )
-        if student.registers > teacher.registers:
+        if student.registers not in (0, teacher.registers):
             raise ValueError(
                 f"runs.{name}.architecture.components: the student's registers have no counterparts in the teacher"
+            )
+        if student.class_token and not teacher.class_token:
+            raise ValueError(
+                f"runs.{name}.architecture.class_token: the teacher has none; give the student class_token: false"
             )
         if run.method == "distill_features":
             if teacher.registers != student.registers:
                 raise ValueError(
                     f"runs.{name}.architecture.components: features of a teacher with registers need a student "
                     "with registers"
+                )
+            if teacher.class_token != student.class_token:
+                raise ValueError(
+                    f"runs.{name}.architecture.class_token: features of a teacher with one need a student with one"
                 )
             if teacher.width != student.width:
                 raise ValueError(

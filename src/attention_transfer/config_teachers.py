@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
 from attention_transfer.config_values import (
+    Extended,
     Fraction,
     Positive,
     Rate,
@@ -22,10 +24,17 @@ from attention_transfer.config_values import (
 Component = Literal["layer_scale", "registers", "rotary", "relative_bias", "swiglu", "pre_norm", "qk_norm"]
 """What families of pre-trained models have beyond the plain Vision Transformer (paper B)."""
 REGISTERS = 4  # tokens, as in Darcet et al., 2024
+HUB = "hf-hub:"  # begins a name that is no entry of timm, but a model of the Hub in timm's format
+
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Release = Literal["timm", "mae", "moco_v3", "dino", "dinov2", "beit", "beit_v2", "deit"]
+"""How a project lays out the weights that it releases; see models/releases.py."""
 
 
-class Architecture(Section):
+class Architecture(Extended):
     """A Vision Transformer; image size and channels are the data's."""
+
+    later: ClassVar[tuple[str, ...]] = ("class_token", "register_tokens", "timm")
 
     patch_size: Positive
     width: Positive
@@ -34,11 +43,25 @@ class Architecture(Section):
     mlp_ratio: Rate
     components: tuple[Component, ...] = ()
     """Added to the plain one; see models/vit.py."""
+    class_token: bool = True
+    """Whether there is one, in front of the patches."""
+    register_tokens: Positive | None = None
+    """How many the component `registers` adds; left out: 4."""
+    timm: Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")] | None = None
+    """An entry of timm, `vit_base_patch14_dinov2`: the model is built as there, activation, norms, initial values and
+    kind of positions included; the keys above must say what timm builds. See docs/teachers.md."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         divides("heads", self.heads, "width", self.width)
         no_value_twice("components", self.components)
+        if self.register_tokens is not None and "registers" not in self.components:
+            raise ValueError("register_tokens: needs the component registers; add it, or remove this key")
+        if self.timm is None:
+            self._can_be_put_together()
+        return self
+
+    def _can_be_put_together(self) -> None:
         beside = {"registers", "rotary", "pre_norm", "qk_norm"} & set(self.components)
         if "relative_bias" in self.components and beside:
             raise ValueError(
@@ -48,16 +71,28 @@ class Architecture(Section):
             raise ValueError(
                 f"heads: rotary needs a multiple of 4 numbers a head, not {self.width // self.heads}"
             )
-        return self
+        if "relative_bias" in self.components and not self.class_token:
+            raise ValueError(
+                "class_token: timm has no model with relative_bias and without one but by `timm`"
+            )
 
     @property
     def registers(self) -> int:
         """Tokens between the class token and the patches."""
-        return REGISTERS if "registers" in self.components else 0
+        return (self.register_tokens or REGISTERS) if "registers" in self.components else 0
 
     def tokens(self, image_size: int) -> int:
         """Patches, class token and registers of a square image of so many pixels a side."""
-        return (image_size // self.patch_size) ** 2 + 1 + self.registers
+        return (image_size // self.patch_size) ** 2 + self.class_token + self.registers
+
+    def flow(self) -> str:
+        """As a line of params.yaml, without what may be left out."""
+        stated = self.model_dump(mode="json")
+        stated["components"] = f"[{', '.join(self.components)}]" if self.components else None
+        shown = {
+            key: str(value).lower() if isinstance(value, bool) else value for key, value in stated.items()
+        }
+        return f"{{ {', '.join(f'{key}: {value}' for key, value in shown.items() if value is not None)} }}"
 
 
 class Decoder(Section):
@@ -113,6 +148,10 @@ class MaskedAutoencoder(Pretrained):
             raise ValueError(
                 f"architecture.components: {list(self.architecture.components)} cannot be pre-trained by mae, "
                 "whose encoder sees some of the tokens alone"
+            )
+        if self.architecture.timm is not None or not self.architecture.class_token:
+            raise ValueError(
+                "architecture.timm, class_token: mae pre-trains the plain model; remove these keys"
             )
         return self
 
@@ -175,14 +214,63 @@ class Untrained(Section):
     seed: Seed
 
 
-class FromFile(Section):
-    """A teacher that the user brings: weights of timm's VisionTransformer, as safetensors."""
+class Published(Extended):
+    """A teacher that others have trained, and what it is known by.
 
-    kind: Literal["file"]
+    Its weights are fitted to the study when it is obtained: positions resampled to the study's patches, and the
+    difference between the normalisation of images that it was trained with and the study's folded into its patch
+    projection.
+    """
+
     architecture: Architecture
+
+
+class FromFile(Published):
+    """A teacher that the user brings: weights in a file, safetensors or what PyTorch loads without running code."""
+
+    later: ClassVar[tuple[str, ...]] = ("format", "mean", "std")
+    kind: Literal["file"]
     path: str
-    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    sha256: Sha256
     """Of the file: another file is another teacher, and reruns what depends on it."""
+    format: Release | None = None
+    """Whose layout the file has; left out: as its content shows, or an error where that fits several."""
+    mean: tuple[float, float, float] | None = None
+    """Of the pixels from 0 to 1 that its teacher expects; left out: that of the format, and of `timm` the study's."""
+    std: tuple[Rate, Rate, Rate] | None = None
+    """Their standard deviation; stands beside `mean`."""
+
+    @model_validator(mode="after")
+    def _whole_normalisation(self) -> Self:
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean, std: stand together; give both, or none for those of the format")
+        return self
+
+
+class FromTimm(Published):
+    """A published teacher by its name in timm, or by the id of a model in timm's format on the Hugging Face Hub."""
+
+    later: ClassVar[tuple[str, ...]] = ("sha256",)
+    kind: Literal["timm"]
+    name: str
+    """`vit_large_patch16_224.mae`, entry and tag, or `hf-hub:owner/model`, also with `@revision`."""
+    sha256: Sha256 | None = None
+    """Of the file with the weights, which the stage's records name in any case: another file is refused."""
+
+    @model_validator(mode="after")
+    def _is_built_by_its_entry(self) -> Self:
+        entry = self.architecture.timm
+        if not re.fullmatch(r"hf-hub:[\w.-]+/[\w.-]+(@[\w.-]+)?|[a-z][a-z0-9_]*\.\w+", self.name):
+            raise ValueError(f"name: {self.name!r} is neither <entry>.<tag> of timm nor {HUB}<owner>/<model>")
+        if entry is None:
+            raise ValueError(
+                "architecture.timm: is missing: say by which entry of timm this teacher is built"
+            )
+        if not self.name.startswith(HUB) and self.name.partition(".")[0] != entry:
+            raise ValueError(
+                f"architecture.timm: {entry} is not {self.name.partition('.')[0]}, which name speaks of"
+            )
+        return self
 
 
 Teacher = Annotated[
@@ -192,6 +280,7 @@ Teacher = Annotated[
     | SelfDistillation
     | GroupClassification
     | Untrained
-    | FromFile,
+    | FromFile
+    | FromTimm,
     Field(discriminator="kind"),
 ]

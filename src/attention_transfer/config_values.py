@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    StringConstraints,
+    model_serializer,
+)
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 """A name becomes a folder, a stage and a label: lower-case letters, digits and underscores."""
@@ -22,6 +29,21 @@ class Section(BaseModel):
     """Frozen; a key that is not declared here is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Extended(Section):
+    """A section with keys that came later: left out, they stand in no record, and change no fingerprint."""
+
+    later: ClassVar[tuple[str, ...]]
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_left_out(self, written: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        return {
+            key: value
+            for key, value in written(self).items()
+            if key not in self.later or getattr(self, key) != fields[key].default
+        }
 
 
 def divides(key: str, part: int, whole_key: str, whole: int) -> None:

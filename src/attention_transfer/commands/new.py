@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 import random
 import statistics
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image, UnidentifiedImageError
 
 from attention_transfer import config, graph_file
-from attention_transfer.config import SHIFTS
+from attention_transfer.config import HUB, SHIFTS, Architecture
 from attention_transfer.errors import StudyError
 from attention_transfer.files import atomic, sha256, write_text
 
@@ -30,6 +30,15 @@ RUNS = {
     "copy": "layers: all, learning_rate: 0.0015",
     "distill": "layers: all, attention_loss: { weight: 3.0, reduction: sum }, learning_rate: 0.0135",
 }
+LARGE = 192  # width from which a teacher is one of those that are published
+LARGE_RUNS = {
+    "scratch": "learning_rate: 0.00002, weight_decay: 0.3, betas: [0.9, 0.95], drop_path: 0.2",
+    "finetune": "learning_rate: 0.0002, layer_decay: 0.75",
+    "copy": "layers: all, learning_rate: 0.0002, layer_decay: 0.75",
+    "distill": "layers: all, attention_loss: { weight: 3.0, reduction: sum }, learning_rate: 0.00002, "
+    "weight_decay: 0.3, betas: [0.9, 0.95], drop_path: 0.2",
+}
+TIMM = "timm:"  # begins the name of a published teacher
 
 
 @dataclass(frozen=True)
@@ -52,14 +61,18 @@ class Found:
     shorter: int
 
 
-def write(name: str, images: Path, *, size: int | None, teacher: Path | None, heads: int | None) -> Path:
+def write(
+    name: str, images: Path, *, size: int | None, teacher: str | None, heads: int | None, format: str | None
+) -> Path:
     """Writes presets/<name>.yaml and studies/<name>/; gives the former.
 
     Args:
         images: folder of a folder for each split, of a folder for each class.
-        size: of the images in pixels; None for what fits them and a small machine.
-        teacher: safetensors of timm's VisionTransformer; None to pre-train one on the images.
-        heads: of the teacher; its weights do not tell.
+        size: of the images in pixels; None for what fits them and a small machine, or the teacher.
+        teacher: `timm:<entry>.<tag>`, `hf-hub:<owner>/<model>`, or a file with weights; None to pre-train one on the
+            images.
+        heads: of a teacher in a file, whose weights do not tell; None for those of its format.
+        format: of such a file, where its content does not tell.
 
     Raises:
         StudyError: there is such a study, the images or the weights cannot be used.
@@ -71,9 +84,16 @@ def write(name: str, images: Path, *, size: int | None, teacher: Path | None, he
     if not Path("dvc.yaml").exists():
         raise StudyError("is not here", where="dvc.yaml", remedy="go to the folder of the repository")
     found = look(images)
-    weights = None if teacher is None else _shape_of(teacher)
-    size = size or (_fitting(found) if weights is None else weights.size)
-    values = _values(name, images, found, size) | _teacher(teacher, weights, heads, size)
+    brought = None if teacher is None else _brought(teacher, heads, format)
+    size = size or (_fitting(found) if brought is None else brought.size)
+    architecture = _own(size, heads) if brought is None else brought.architecture
+    large = architecture.width >= LARGE
+    values = _values(name, images, found, size) | {
+        "brought": brought and brought.keys,
+        "architecture": architecture.flow(),
+        "large": large,
+        "runs": LARGE_RUNS if large else RUNS,
+    }
     environment = Environment(
         loader=PackageLoader("attention_transfer.commands"), undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
@@ -174,7 +194,6 @@ def _values(name: str, images: Path, found: Found, size: int) -> dict[str, Any]:
         "batch": min(50, labelled),
         "shift_images": min(400, found.tested),
         "shifts": SHIFTS,
-        "runs": RUNS,
         "budget_gb": 4.0,
         "pretraining_epochs": epochs,
         "pretraining_batch": batch,
@@ -188,54 +207,93 @@ def _fitting(found: Found) -> int:
 
 
 @dataclass(frozen=True)
-class Weights:
-    """What the shapes of a teacher's weights tell.
+class Brought:
+    """A teacher that is not pre-trained here.
 
     Attributes:
-        shape: keys of `architecture`, without heads.
-        size: of the images that its position embedding is for, in pixels.
+        keys: of params.yaml, without its architecture.
+        size: of the images that it was trained on, in pixels.
     """
 
-    shape: Mapping[str, Any]
+    keys: Mapping[str, str]
+    architecture: Architecture
     size: int
 
 
-def _teacher(path: Path | None, weights: Weights | None, heads: int | None, size: int) -> dict[str, Any]:
-    if path is None or weights is None:
-        patch_size = next(side for side in range(1, size + 1) if size % side == 0 and size // side <= PATCHES)
-        shape = {"patch_size": patch_size, "width": 96, "depth": 6, "heads": heads or 4, "mlp_ratio": 4.0}
-        return {"weights": None, "architecture": _flow(shape)}
-    if heads is None:
-        raise StudyError(
-            "does not tell how many heads its attention has", where=str(path), remedy="say it: --heads 12"
-        )
-    architecture = _flow({**weights.shape, "heads": heads})
-    return {"weights": str(path), "sha256": sha256(path), "architecture": architecture}
+def _own(size: int, heads: int | None) -> Architecture:
+    """Of a teacher that is pre-trained on images of that size."""
+    patch_size = next(side for side in range(1, size + 1) if size % side == 0 and size // side <= PATCHES)
+    return Architecture(patch_size=patch_size, width=96, depth=6, heads=heads or 4, mlp_ratio=4.0)
 
 
-def _shape_of(path: Path) -> Weights:
-    """Of timm's VisionTransformer with a class token.
+def _brought(teacher: str, heads: int | None, format: str | None) -> Brought:
+    if teacher.startswith((TIMM, HUB)):
+        return _by_name(teacher.removeprefix(TIMM))
+    return _from_file(Path(teacher), heads, format)
+
+
+def _by_name(name: str) -> Brought:
+    """From the configurations that come with timm, or from the Hub's; weights are not downloaded."""
+    from attention_transfer.models import timm_entries, weights_of_timm
+
+    found = weights_of_timm.tagged(name, where="--teacher")
+    architecture = timm_entries.described(found.entry).architecture
+    return Brought({"kind": "timm", "name": name}, architecture, found.image_size)
+
+
+def _from_file(path: Path, heads: int | None, format: str | None) -> Brought:
+    """From the shapes of the weights, and what is known of the format.
 
     Raises:
-        StudyError: the file holds no such weights.
+        StudyError: the file cannot be read, or does not tell its architecture.
     """
-    from safetensors import SafetensorError, safe_open
+    from attention_transfer.models import releases, timm_entries
 
-    try:
-        with safe_open(path, framework="numpy") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        width, _, patch_size, _ = shapes["patch_embed.proj.weight"]
-        hidden, tokens = shapes["blocks.0.mlp.fc1.weight"][0], shapes["pos_embed"][1]
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    if format is not None and format not in releases.FORMATS:
         raise StudyError(
-            f"holds no weights of timm's VisionTransformer: {error}",
+            f"{format} is no format", where="--format", remedy=f"choose one of {', '.join(releases.FORMATS)}"
+        )
+    released = releases.load(path, format, where="--teacher")
+    shapes = {name: tuple(value.shape) for name, value in released.encoder.items()}
+    known = releases.FORMATS[released.format]
+    try:
+        width, _, patch_size, _ = shapes["patch_embed.proj.weight"]
+        hidden = shapes["blocks.0.mlp.fc1.weight"][0] if known.entries is None else 0
+    except (KeyError, ValueError) as error:
+        raise StudyError(
+            f"holds no weights of a Vision Transformer: {error}",
             where=str(path),
-            remedy="save its state_dict with safetensors.torch.save_file",
+            remedy="bring a file of one of the formats in docs/teachers.md",
         ) from error
-    depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
-    shape = {"patch_size": patch_size, "width": width, "depth": depth, "mlp_ratio": hidden / width}
-    return Weights(shape, patch_size * math.isqrt(tokens - 1))
-
-
-def _flow(values: Mapping[str, Any]) -> str:
-    return f"{{ {', '.join(f'{key}: {value}' for key, value in values.items())} }}"
+    if known.entries is not None:
+        if width not in known.entries:
+            raise StudyError(
+                f"is {width} wide, and of {released.format} these are known: {sorted(known.entries)}",
+                where=str(path),
+                remedy="write the study's teacher by hand, as docs/teachers.md shows",
+            )
+        entry = known.entries[width]
+        if "register_tokens" in shapes:
+            entry = entry.replace("_dinov2", "_reg4_dinov2")
+        architecture = timm_entries.described(entry).architecture
+    else:
+        heads = heads or known.heads.get(width)
+        if heads is None:
+            raise StudyError(
+                "does not tell how many heads its attention has", where=str(path), remedy="say it: --heads 12"
+            )
+        scaled = {"blocks.0.ls1.gamma", "blocks.0.gamma_1"} & shapes.keys()
+        architecture = Architecture(
+            patch_size=patch_size,
+            width=width,
+            depth=len({name.split(".")[1] for name in shapes if name.startswith("blocks.")}),
+            heads=heads,
+            mlp_ratio=hidden / width,
+            components=("layer_scale",) if scaled else (),
+            class_token="cls_token" in shapes,
+        )
+    keys = {"kind": "file", "path": json.dumps(str(path)), "sha256": sha256(path)}
+    if released.format != "timm":
+        keys["format"] = released.format
+    side = releases.places(released.encoder, prefix=int("cls_token" in shapes))
+    return Brought(keys, architecture, patch_size * (side or 224 // patch_size))

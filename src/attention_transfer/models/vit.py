@@ -7,32 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.models import VisionTransformer
-from timm.models.beit import Beit
-from timm.models.eva import Eva
 
 from attention_transfer.config import Architecture
 from attention_transfer.errors import StudyError, repro
 from attention_transfer.files import atomic, read_sealed, write_sealed, xxh3
+from attention_transfer.models import timm_entries
+
+ViT: TypeAlias = timm_entries.ViT
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 CHECKSUM = "weights_xxh3"  # key of config.json
 
-
-ViT: TypeAlias = VisionTransformer | Eva | Beit
-CLASSES: dict[str, type[ViT]] = {
-    "vit_tiny_patch16_224": VisionTransformer,
-    "eva_giant_patch14_224": Eva,
-    "beit_base_patch16_224": Beit,
-}
-"""By the entry of timm under which config.json names the class; the entry's own sizes are all overridden."""
-
 LAYER_SCALE = 0.1  # initial value; Touvron et al., 2021, for shallow models
-_PLAIN, _EVA, _BEIT = CLASSES
+_PLAIN, _EVA, _BEIT = "vit_tiny_patch16_224", "eva_giant_patch14_224", "beit_base_patch16_224"
+"""By these entries config.json names timm's classes; the entries' own sizes are all overridden."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +33,8 @@ class Arguments:
     """What timm needs to build a model.
 
     Attributes:
-        entry: one of `CLASSES`.
-        values: keyword arguments of its class.
+        entry: of timm.
+        values: keyword arguments, over those of the entry.
     """
 
     entry: str
@@ -58,7 +51,16 @@ def model_arguments(architecture: Architecture, *, image_size: int, channels: in
     - rotary: rotary embedding of the patches' places in queries and keys, beside the learned one (EVA-02);
     - swiglu: gated MLP, two thirds as wide, so that it has as many weights (Shazeer, 2020);
     - relative_bias: learned bias of the logits by relative place, in every layer (BEiT).
+
+    With `timm` it is that entry's model, with the same pool and head, see timm_entries.py.
+
+    Raises:
+        StudyError: there is no such entry, it cannot be served, or it builds other sizes than are stated.
     """
+    if architecture.timm is not None:
+        pooled = timm_entries.arguments(architecture)
+        size = {"img_size": image_size, "in_chans": channels, "num_classes": classes}
+        return Arguments(architecture.timm, {**size, **pooled})
     parts = set(architecture.components)
     values: dict[str, Any] = {
         "img_size": image_size,
@@ -68,9 +70,11 @@ def model_arguments(architecture: Architecture, *, image_size: int, channels: in
         "embed_dim": architecture.width,
         "depth": architecture.depth,
         "num_heads": architecture.heads,
-        "mlp_ratio": architecture.mlp_ratio * (2 / 3 if "swiglu" in parts else 1),
+        "mlp_ratio": architecture.mlp_ratio * (timm_entries.GATED_SHARE if "swiglu" in parts else 1),
         "global_pool": "avg",
     }
+    if not architecture.class_token:
+        values["class_token"] = False
     if not parts:
         return Arguments(_PLAIN, {**values, "fc_norm": True})
     # Both heads start as the plain one does: timm scales those of Eva and Beit down.
@@ -110,7 +114,12 @@ def create(arguments: Arguments, *, seed: int, drop_path: float = 0.0) -> ViT:
     """A randomly initialised model; equal seeds give equal weights, and no other random state is touched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return CLASSES[arguments.entry](**arguments.values, drop_path_rate=drop_path)
+        return _build(arguments.entry, arguments.values, drop_path_rate=drop_path)
+
+
+def _build(entry: str, values: Mapping[str, Any], **more: Any) -> ViT:
+    model: ViT = timm.create_model(entry, **values, **more)
+    return model
 
 
 def save(
@@ -182,7 +191,7 @@ def load(folder: Path, *, made_by: str, change: Callable[[ViT, dict[str, Any]], 
         raise StudyError(
             f"is damaged: its checksum is not the one in {CONFIG}", where=str(path), remedy=remedy
         )
-    model = CLASSES[config["architecture"]](**config["model_args"], num_classes=config["num_classes"])
+    model = _build(config["architecture"], config["model_args"], num_classes=config["num_classes"])
     if change is not None:
         change(model, config)
     insert(model, weights, where=path)

@@ -60,7 +60,10 @@ def features(model: Any, images: Tensor, layers: tuple[int, ...]) -> tuple[Tenso
     Returns:
         (batch, tokens, width), as `forward_features` gives it, and as many for each layer, before any norm.
     """
+    prefixed = model.num_prefix_tokens > 0
     final, found = model.forward_intermediates(
-        images, indices=list(layers), return_prefix_tokens=True, norm=False, output_fmt="NLC"
+        images, indices=list(layers), return_prefix_tokens=prefixed, norm=False, output_fmt="NLC"
     )
+    if not prefixed:  # timm then gives no pairs
+        return final, tuple(found)
     return final, tuple(torch.cat([prefix, patches], dim=1) for patches, prefix in found)
