@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.resources
+import json
 import os
 import shutil
 import subprocess
@@ -15,7 +17,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from attention_transfer.data import images, shifted
 from attention_transfer.evaluation import predictions
+from attention_transfer.layout import Layout
 
 pytestmark = pytest.mark.slow
 
@@ -119,3 +123,57 @@ def test_every_stage_works_on_files(tmp_path: Path) -> None:
     run(tmp_path, "train", "--run", "distill", "--seed", "0", workers=1)
     again = load_file(student)
     assert all(again[name].equal(value) for name, value in weights.items())
+
+
+def small(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (20, 18), (len(path.parts) * 9, 90, sum(map(ord, path.parent.name)) % 255)).save(path)
+
+
+def test_the_imagenet_preset_reads_the_published_layouts(tmp_path: Path) -> None:
+    """A thousand classes and the folders of V2, A, R, Sketch and C, with the true names; ObjectNet is missing."""
+    lists = importlib.resources.files("timm.data").joinpath("_info")
+    synsets = lists.joinpath("imagenet_synsets.txt").read_text().split()
+    subset = {which: lists.joinpath(f"imagenet_{which}_synsets.txt").read_text().split() for which in "ar"}
+    data = tmp_path / "data"
+    for synset in synsets:
+        for number in range(2):
+            small(data / "imagenet" / "train" / synset / f"{synset}_{number}.JPEG")
+        small(data / "imagenet" / "val" / synset / f"ILSVRC2012_val_{synset}.JPEG")
+    for number in range(1000):
+        small(data / "imagenetv2-matched-frequency-format-val" / str(number) / "0.jpeg")
+    for which, names in subset.items():
+        for synset in names:
+            small(data / f"imagenet-{which}" / synset / "0.jpg")
+    for synset in synsets[:10]:
+        small(data / "sketch" / synset / "sketch_0.JPEG")
+        small(data / "imagenet-c" / "fog" / "3" / synset / "ILSVRC2012_val_00000001.JPEG")
+    values = yaml.safe_load((ROOT / "presets" / "imagenet1k.yaml").read_text(encoding="utf-8"))
+    values["data"] |= {"labelled": 1000, "validation": 1000}
+    values["training"]["curve_images"] = 1000
+    for name in values["runs"]:
+        values["runs"][name]["batch_size"] = 256
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    for stage in ("data", "split", "shifts"):
+        run(tmp_path, stage, workers=2)
+
+    layout = Layout("imagenet1k")
+    description = images.describe(tmp_path / layout.images)
+    assert description.classes == sorted(synsets)
+    train = images.load(tmp_path / layout.images, "train")
+    assert train.images.shape == (2000, 3, 224, 224)
+    shifts = tmp_path / layout.shifts
+    found = set(shifted.manifest(shifts))
+    assert found == {"imagenet_v2", "imagenet_a", "imagenet_r", "imagenet_sketch", "imagenet_c-fog-3"}
+    for name, count in (
+        ("imagenet_v2", 1000),
+        ("imagenet_a", 200),
+        ("imagenet_r", 200),
+        ("imagenet_sketch", 10),
+    ):
+        part, _ = shifted.load(shifts, name)
+        groups = shifted.groups(shifts, name)
+        assert groups is not None
+        assert (len(part), (groups >= 0).sum(), groups.max() + 1) == (count, count, count)
+    recorded = json.loads((tmp_path / layout.metrics / "shifts" / "metrics.json").read_text())
+    assert recorded["missing_sets"] == 3 - 1 + 1 + 74  # two variants of V2, ObjectNet, the other sets of C
