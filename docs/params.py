@@ -123,6 +123,9 @@ TEXTS: dict[type[BaseModel], dict[str, str]] = {
         "architecture": "Of the teacher; students have the same unless they name another.",
         "seed": "Of the weights.",
     },
+    config_teachers.FromTimm: {
+        "architecture": "What timm builds by that name: its entry under `timm`, its sizes and components beside it.",
+    },
     config_teachers.FromFile: {
         "architecture": "That of the weights; of these, heads alone cannot be read off their shapes.",
         "path": "Of the safetensors file, from the repository's root.",

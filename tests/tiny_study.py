@@ -78,7 +78,7 @@ def make_study(method: str, changes: Mapping[str, Any] | None = None) -> Study:
     """A study of one run, called `run`.
 
     Args:
-        changes: values by dotted key, such as `runs.run.epochs`, over the default ones.
+        changes: values by dotted key, such as `runs.run.epochs`, over the default ones; `data.resize` is image_size.
     """
     params = _copy(
         {**_PARAMS, "runs": {"run": {"method": method, "teacher": "first", **RECIPE, **METHODS[method]}}}
@@ -89,6 +89,8 @@ def make_study(method: str, changes: Mapping[str, Any] | None = None) -> Study:
         for part in path:
             node = node[part]
         node[last] = value
+    if "data.resize" not in (changes or {}):
+        params["data"]["resize"] = params["data"]["image_size"]
     return Study.model_validate(params)
 
 
