@@ -17,6 +17,7 @@ from timm.models.eva import Eva
 from attention_transfer.config import Architecture
 from attention_transfer.errors import StudyError, repro
 from attention_transfer.files import atomic, read_sealed, write_sealed, xxh3
+from attention_transfer.models.stochastic_depth import replace_drop_path
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -110,7 +111,9 @@ def create(arguments: Arguments, *, seed: int, drop_path: float = 0.0) -> ViT:
     """A randomly initialised model; equal seeds give equal weights, and no other random state is touched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return CLASSES[arguments.entry](**arguments.values, drop_path_rate=drop_path)
+        model = CLASSES[arguments.entry](**arguments.values, drop_path_rate=drop_path)
+    replace_drop_path(model)
+    return model
 
 
 def save(
