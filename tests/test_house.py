@@ -151,6 +151,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "graph_file",
         "layout",
         "lock_file",
+        "machine_file",
         "measuring",
         "params_yaml",
         "plan",

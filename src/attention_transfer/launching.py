@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attention_transfer.errors import StudyError
@@ -52,6 +56,7 @@ def launch(machine: Machine, command: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, launch_agent
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed is told below
     _check_device(machine)
     os.environ[PROCESS] = "1"  # for the processes; this one starts nothing else
     with tempfile.TemporaryDirectory(prefix="attention-transfer-") as folder:
@@ -122,10 +127,6 @@ def _told(process: int, processes: int, failure: ProcessFailure) -> str:
 
 def leave_word(text: str) -> None:
     """Tells the launcher why this process ends, for it to print: once, whichever processes fail."""
-    import json
-    import time
-
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with open(file, "w", encoding="utf-8") as out:  # noqa: PTH123 - as the launcher reads it
-            word = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
-            json.dump({"message": word}, out)
+        word = {"message": text, "extraInfo": {"timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": word}), encoding="utf-8")  # as the launcher reads it
