@@ -121,6 +121,7 @@ class Worker:
         threads: int,
         clock: Clock,
         display: Display,
+        *,
         where: Mapping[str, str],
     ) -> None:
         self.number, self.stages, self.threads = number, stages, threads
@@ -183,7 +184,7 @@ def repro(graph: Path, jobs: int, only: Sequence[str] = ()) -> int:
             if free and not failed and not stopped() and (stages := queue.take(busy)):
                 threads = queue.threads[family(stages[0])]
                 where = surroundings(machine, free[0], stages, threads, devices)
-                workers.append(Worker(free[0], stages, threads, clock, display, where))
+                workers.append(Worker(free[0], stages, threads, clock, display, where=where))
                 continue
             time.sleep(TICK)
             for worker in [worker for worker in workers if worker.process.poll() is not None]:
