@@ -30,7 +30,7 @@ def is_launched() -> bool:
 
 
 def is_wanted(machine: Machine) -> bool:
-    return machine.processes * machine.nodes > 1
+    return machine.processes > 1
 
 
 def number() -> int:
@@ -59,6 +59,9 @@ def launch(machine: Machine, command: Sequence[str]) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed is told below
     _check_device(machine)
     os.environ[PROCESS] = "1"  # for the processes; this one starts nothing else
+    os.environ.setdefault(
+        "TORCH_CPP_LOG_LEVEL", "ERROR"
+    )  # its advice on unused parameters: see training/passes.py
     with tempfile.TemporaryDirectory(prefix="attention-transfer-") as folder:
         config = LaunchConfig(
             min_nodes=1,
@@ -79,7 +82,7 @@ def launch(machine: Machine, command: Sequence[str]) -> int:
             return 128 + int(stopped.sigval)
         except ChildFailedError as error:
             process, failure = min(error.failures.items(), key=lambda item: _rank_of_blame(item[1]))
-            print(_told(process, machine.processes * machine.nodes, failure), file=sys.stderr, flush=True)
+            print(_told(process, machine.processes, failure), file=sys.stderr, flush=True)
             return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
         return 0
 

@@ -7,10 +7,9 @@ rounding. docs/scale.md explains the values.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -29,31 +28,22 @@ class Machine:
     Attributes:
         device: cpu, cuda, mps; None for a GPU if there is one, else the CPU.
         threads: of each process; None for PyTorch's own choice, divided among the processes.
-        processes: on a node; with GPUs one for each.
-        nodes: machines that work on one stage; more than one with `slurm` alone.
-        launcher: `local`: here; `slurm`: as a job of the cluster.
+        processes: on a stage; with GPUs one for each.
         micro_batch: images in a pass of one process; a step takes as many passes as it needs. None: all at once.
         compile: whether torch.compile makes the student's code.
         checkpointing: whether the backward pass computes activations again instead of keeping them.
-        sharding: `fsdp`: each process holds a part of weights, gradients and optimiser state.
-        slurm: what the job asks for, in submitit's words: slurm_partition, timeout_min ..
     """
 
     device: str | None = None
     threads: int | None = None
     processes: int = 1
-    nodes: int = 1
-    launcher: Literal["local", "slurm"] = "local"
     micro_batch: int | None = None
     compile: bool = False
     checkpointing: bool = False
-    sharding: Literal["none", "fsdp"] = "none"
-    slurm: Mapping[str, Any] = field(default_factory=dict)
 
     def choices(self) -> dict[str, Any]:
         """What differs from the defaults, for a stage's record."""
-        chosen = {name: getattr(self, name) for name in _KINDS if name != "slurm"}
-        return {name: value for name, value in chosen.items() if value != getattr(Machine, name)}
+        return {name: value for name, value in asdict(self).items() if value != getattr(Machine, name)}
 
 
 _KINDS = get_type_hints(Machine)
@@ -80,16 +70,9 @@ def settings() -> Machine:
     values = _from_file(path())
     for name in _KINDS:
         variable = PREFIX + name.upper()
-        if name != "slurm" and (text := os.environ.get(variable)):
+        if text := os.environ.get(variable):
             values[name] = _checked(name, text, where=f"environment variable {variable}")
-    machine = Machine(**values)
-    if machine.nodes > 1 and machine.launcher == "local":
-        raise StudyError(
-            f"nodes is {machine.nodes}, but launcher is local: nobody would start the other nodes",
-            where=str(path()),
-            remedy="set launcher: slurm, or nodes: 1",
-        )
-    return machine
+    return Machine(**values)
 
 
 def _from_file(file: Path) -> dict[str, Any]:
@@ -107,12 +90,11 @@ def _from_file(file: Path) -> dict[str, Any]:
         raise StudyError(
             "holds no keys", where=str(file), remedy="write `key: value` lines; docs/scale.md has an example"
         )
-    known = [entry.name for entry in fields(Machine)]
-    if unknown := [key for key in found if key not in known]:
+    if unknown := [key for key in found if key not in _KINDS]:
         raise StudyError(
             f"{unknown[0]!r} is no key of this file",
             where=str(file),
-            remedy=f"choose among {', '.join(known)}",
+            remedy=f"choose among {', '.join(_KINDS)}",
         )
     return {
         name: _checked(name, value, where=f"{file}: {name}")
@@ -124,18 +106,6 @@ def _from_file(file: Path) -> dict[str, Any]:
 def _checked(name: str, value: Any, *, where: str) -> Any:
     """The value in its type; words of the environment are read as such."""
     kind = _KINDS[name]
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise StudyError(
-                f"{value!r} is no {name}", where=where, remedy=f"choose among {', '.join(get_args(kind))}"
-            )
-        return value
-    if name == "slurm":
-        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-            raise StudyError(
-                f"{value!r} are no keys and values", where=where, remedy="write one `key: value` a line"
-            )
-        return value
     if kind is bool:
         found = {"true": True, "false": False}.get(str(value).lower())
         if found is None:
@@ -158,6 +128,5 @@ def _checked(name: str, value: Any, *, where: str) -> Any:
 _COUNTED = {
     "threads": "threads",
     "processes": "processes",
-    "nodes": "nodes",
     "micro_batch": "images in a pass",
 }

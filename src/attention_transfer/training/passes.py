@@ -31,12 +31,14 @@ class Passes:
         self.division = division
         self.module: nn.Module = _Losses(task)
         if processes.count() > 1:
+            warnings.filterwarnings(
+                "ignore", "`broadcast_buffers` is deprecated"
+            )  # newer PyTorch's word for it
             # Without the search, parameters that a method leaves without a gradient would be waited for, and the
             # first step would sort the sums anew, so that a resumed run would round in another order.
             self.module = DistributedDataParallel(
                 self.module, find_unused_parameters=True, broadcast_buffers=False
             )
-            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
 
     def backward(self, epoch: int, step: int, *, seed: int) -> dict[str, Tensor]:
         """Adds the gradients of one batch, and returns its losses: those of all processes.
