@@ -5,6 +5,7 @@ Two processes work through all cases in one go (working_together.py); this one t
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 import tiny_study
 import torch
 import working_together as work
-from torch import Tensor
+from torch import Tensor, nn
 
 from attention_transfer.machine_file import PROCESS, Machine
 
@@ -117,3 +118,30 @@ def test_two_processes_write_the_cache_of_one_to_the_byte(together: dict[str, An
         for path in Path("caches/together").rglob("*.*")
     }
     assert written == together["cache"]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.compile's own look
+@pytest.mark.parametrize("name", ["scratch", "distill, stochastic depth, in passes", "distill_features"])
+def test_compiled_students_have_the_gradients_of_eager_ones(
+    name: str, inside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As graphs, not as machine code, which takes a minute each and is tested in test_models_attention_modes.py."""
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager"))
+    case = replace(work.TOGETHER[name], dtype=torch.float32)
+    torch._dynamo.reset()
+    compiled = replace(case, machine=replace(case.machine, compile=True))
+    found = work.gradients(compiled)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 0
+    torch._dynamo.reset()
+    assert max(differences(found, work.gradients(alone(case))).values()) <= 1e-5
+
+
+def test_the_record_tells_how_a_training_ran(inside: Path) -> None:
+    machine = Machine(micro_batch=3, compile=True, checkpointing=True)
+    _, how = work.task(work.Case("linear_probe", machine=machine))
+    assert how.paths(torch.device("cpu")) == {
+        "passes": "3 of up to 3 images", "compile": "blocks", "checkpointing": "blocks",
+    }  # fmt: skip
+    _, how = work.task(work.Case("linear_probe"))
+    assert how.paths(torch.device("cpu")) == {}

@@ -39,9 +39,9 @@ class Execution:
             model.set_grad_checkpointing(True)
         parts: dict[str, list[nn.Module]] = {"no": [], "model": [model], "blocks": list(model.blocks)}
         if self.compiled != "no":
-            torch._inductor.config.fallback_random = True  # type: ignore[attr-defined]  # the eager model's numbers
+            torch._inductor.config.fallback_random = True  # the eager model's numbers
             # Stochastic depth has another graph in every pass; beside those, training and prediction have a few.
-            torch._dynamo.config.recompile_limit = 8 + 2 * len(self.division.passes)  # type: ignore[attr-defined]
+            torch._dynamo.config.recompile_limit = 8 + 2 * len(self.division.passes)
         for part in parts[self.compiled]:
             part.compile(dynamic=False)
 
