@@ -1,6 +1,6 @@
 """Writes one teacher's attention for the students' training views and the clean evaluation images."""
 
-from attention_transfer.stage import Stage, run_script
+from attention_transfer.stage import Stage, run_script, shared_out
 
 from typing import Any, get_args
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from attention_transfer import plan
+from attention_transfer import plan, processes
 from attention_transfer.assembly import CachedSet, Parts
 from attention_transfer.evaluation.predictions import BATCH
 from attention_transfer.files import sha256, write_sealed
@@ -25,12 +25,14 @@ def main(this: Stage) -> None:
     if choice.source == "cache":
         plan.check_room(study, this.layout, this.params_file)
         sets = [which for which in get_args(CachedSet) if which in plan.cached_sets(study, name)]
-    print(f"{this.label}: attention.source is {choice}")
+    if this.writes:
+        print(f"{this.label}: attention.source is {choice}")
 
     def work() -> dict[str, Any]:
         caches = {which: write(parts, name, which) for which in sets}
         manifest: dict[str, Any] = {which: cache["fingerprint"] for which, cache in caches.items()}
-        write_sealed(this.layout.cache_manifest(name), manifest)
+        if this.writes:
+            write_sealed(this.layout.cache_manifest(name), manifest)
         return {f"{which}_megabytes": cache["megabytes"] for which, cache in caches.items()}
 
     this.run(
@@ -57,7 +59,7 @@ def main(this: Stage) -> None:
 
 
 def write(parts: Parts, name: str, which: CachedSet) -> dict[str, Any]:
-    """Writes one set, from the shards that are there and verify."""
+    """Writes one set, from the shards that are there and verify; processes share out the others."""
     study = parts.study
     architecture = study.teachers[name].architecture
     layout = plan.cache_layout(architecture, study.data, study.attention)
@@ -70,8 +72,12 @@ def write(parts: Parts, name: str, which: CachedSet) -> dict[str, Any]:
     recipe, bias = parts.cache_recipe(name, which), None
     if study.attention.content == "queries_and_keys":
         bias = teacher_bias(teacher, blank(parts), layers)
-    with CacheWriter(folder, layout=layout, recipe=recipe, keys=keys, bias=bias) as writer:
-        for piece in tqdm(list(writer.pending()), desc=f"cache {name} {which}", unit="shard", mininterval=5):
+    helps = processes.number() > 0
+    with CacheWriter(folder, layout=layout, recipe=recipe, keys=keys, bias=bias, helps=helps) as writer:
+        missing = processes.told(writer.missing)
+        writer.take(missing[processes.share(len(missing))])
+        bar = {"desc": f"cache {name} {which}", "unit": "shard", "mininterval": 5, "disable": helps}
+        for piece in tqdm(list(writer.pending()), **bar):
             for start in range(piece.start, piece.stop, BATCH):
                 rows = np.arange(start, min(start + BATCH, piece.stop))
                 # Key rows run view by view: a batch may touch two views.
@@ -81,6 +87,10 @@ def write(parts: Parts, name: str, which: CachedSet) -> dict[str, Any]:
                 ):
                     attention = take(teacher, images, layers)
                 writer.write(attention.cpu())
+        for written in processes.collected(writer.written):
+            writer.accept(written)
+    if helps:
+        return {"fingerprint": "", "megabytes": 0.0}  # which the first process tells
     stored = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     return {"fingerprint": sha256(folder / "manifest.json"), "megabytes": round(stored / 1e6, 3)}
 
@@ -100,4 +110,4 @@ def views(parts: Parts, numbers: np.ndarray, rows: np.ndarray) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    run_script("cache", main, __file__, teacher=str)
+    run_script("cache", main, __file__, shared_out, teacher=str)

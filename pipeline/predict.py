@@ -1,6 +1,6 @@
 """Stores one student's logits on every image set; what is there and still matches is kept."""
 
-from attention_transfer.stage import Stage, run_script
+from attention_transfer.stage import Stage, run_script, shared_out
 
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from attention_transfer import processes
 from attention_transfer.assembly import Parts
 from attention_transfer.data import shifted, views
 from attention_transfer.data.images import ImageSet
@@ -40,13 +41,15 @@ def main(this: Stage) -> None:
     def work() -> dict[str, Any]:
         made = {which: set_fingerprint(this, inputs, which) for which in set_names(this)}
         folder = layout.predictions(name, seed)
-        missing = [
-            which for which in made if not predictions.matches(folder / f"{which}.safetensors", made[which])
-        ]
+        missing = processes.told(
+            [which for which in made if not predictions.matches(folder / f"{which}.safetensors", made[which])]
+        )
         this.paths = {"predictions": f"{len(missing)} of {len(made)} sets computed, the others kept"}
         if missing:
             predict = predictor(parts, name, seed)
-            for which in tqdm(missing, desc=this.label, unit="set", mininterval=5, delay=2):
+            for which in tqdm(
+                missing, desc=this.label, unit="set", mininterval=5, delay=2, disable=not this.writes
+            ):
                 images, examples = parts.evaluated(which)
                 result = predictions.Predictions(
                     predict(which, images, examples),
@@ -54,10 +57,12 @@ def main(this: Stage) -> None:
                     torch.from_numpy(examples),
                     groups(this, which),
                 )
-                predictions.save(folder / f"{which}.safetensors", result, made[which])
-        for path in folder.iterdir():
-            if path.stem not in made:
-                path.unlink()
+                if this.writes:
+                    predictions.save(folder / f"{which}.safetensors", result, made[which])
+        if this.writes:
+            for path in folder.iterdir():
+                if path.stem not in made:
+                    path.unlink()
         return {"sets": len(made)}
 
     this.run(
@@ -127,4 +132,4 @@ def predictor(parts: Parts, name: str, seed: int) -> Callable[[str, ImageSet, np
 
 
 if __name__ == "__main__":
-    run_script("predict", main, __file__, run=str, seed=int)
+    run_script("predict", main, __file__, shared_out, run=str, seed=int)

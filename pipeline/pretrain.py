@@ -2,19 +2,20 @@
 
 from attention_transfer.stage import Stage, run_script
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from attention_transfer import config
+from attention_transfer import config, machine_file
 from attention_transfer.assembly import Parts
 from attention_transfer.data import pretraining_images, views
 from attention_transfer.errors import StudyError
 from attention_transfer.files import sha256, write_csv
 from attention_transfer.models import pretraining, published, releases, vit, weights_of_timm
-from attention_transfer.training import machine
+from attention_transfer.training import execution, machine
 from attention_transfer.training.batches import Render
 from attention_transfer.training.checkpoint import Checkpoint
 from attention_transfer.training.loop import fit
@@ -50,9 +51,10 @@ def main(this: Stage) -> None:
                 content = releases.read(path, made_by="remove the file, so that it is downloaded anew")
                 model, metrics = fitted(this, parts, content, tagged.images, path)
                 metrics |= {"weights_image_size": tagged.image_size}
-        renamed = [{**row, "pretraining_loss": row["total"]} for row in rows]
-        write_csv(this.record / "curve.csv", CURVE, renamed)
-        vit.save(this.layout.teacher(name), model, arguments)
+        if this.writes:
+            renamed = [{**row, "pretraining_loss": row["total"]} for row in rows]
+            write_csv(this.record / "curve.csv", CURVE, renamed)
+            vit.save(this.layout.teacher(name), model, arguments)
         return metrics | {"parameters": sum(weight.numel() for weight in model.parameters())}
 
     this.run(
@@ -75,6 +77,16 @@ def pretrained(
     count, labels, render = images(parts, teacher, where=where)
     steps = teacher.epochs * (count // teacher.batch_size)
     model: Any = pretraining.build(teacher, arguments, steps=steps).to(parts.device)
+    how = execution.choose(
+        machine_file.settings(),
+        batch=teacher.batch_size,
+        pairs=False,
+        called="in parts",
+        indivisible=why_whole(teacher),
+        where=where,
+    )
+    how.apply(model.encoder)
+    this.paths |= how.paths(parts.device)
     task = PretrainingTask(
         model,
         count=count,
@@ -96,6 +108,7 @@ def pretrained(
         sink=this.tracker,
         label=this.label,
         where=where,
+        division=how.division,
     )
     metrics = {
         "pretraining_loss": history.rows[-1]["total"],
@@ -104,6 +117,18 @@ def pretrained(
         "epochs": teacher.epochs,
     }
     return pretraining.result(model), history.rows, metrics
+
+
+def why_whole(teacher: object) -> str:
+    """Why a step of its pre-training must be one pass of one process, if it must."""
+    if isinstance(teacher, config.MomentumContrast | config.SelfDistillation):
+        return f"{teacher.kind} compares the images of a batch, and moves its other network once a step"
+    return ""
+
+
+def why_alone(study: config.Study, instance: Mapping[str, Any]) -> str:
+    teacher = study.teachers[instance["teacher"]]
+    return why_whole(teacher) if isinstance(teacher, config.Pretrained) else "nothing is trained"
 
 
 def images(parts: Parts, teacher: config.Pretrained, *, where: str) -> tuple[int, np.ndarray | None, Render]:
@@ -198,4 +223,4 @@ def fitted(
 
 
 if __name__ == "__main__":
-    run_script("pretrain", main, __file__, teacher=str)
+    run_script("pretrain", main, __file__, why_alone, teacher=str)

@@ -1,12 +1,12 @@
 """Trains one student with one seed."""
 
-from attention_transfer.stage import Stage, run_script
+from attention_transfer.stage import Stage, run_script, shared_out
 
 from typing import Any
 
 from attention_transfer.assembly import Parts
 from attention_transfer.files import fingerprint, read_sealed, sha256, write_csv
-from attention_transfer.fitting import fit_student, save_student
+from attention_transfer.fitting import execution_of, fit_student, save_student
 from attention_transfer.training import machine
 from attention_transfer.transfer import methods
 
@@ -17,7 +17,9 @@ def main(this: Stage) -> None:
     run = study.runs[name]
     parts = Parts(study, layout, machine.prepare())
     resolved = read_sealed(layout.resolved(name), made_by=f"resolve@{name}")
+    where = this.where(f"runs.{name}")
     this.paths = methods.paths(study, name, device=parts.device.type)
+    this.paths |= execution_of(parts, name, where=where).paths(parts.device)
 
     def work() -> dict[str, Any]:
         model, history, score = fit_student(
@@ -27,10 +29,11 @@ def main(this: Stage) -> None:
             checkpoints=this.checkpoints(),
             sink=this.tracker,
             label=this.label,
-            where=this.where(f"runs.{name}"),
+            where=where,
         )
-        save_student(parts, name, model, layout.student(name, seed))
-        write_csv(this.record / "curve.csv", columns(history.rows), history.rows)
+        if this.writes:
+            save_student(parts, name, model, layout.student(name, seed))
+            write_csv(this.record / "curve.csv", columns(history.rows), history.rows)
         accuracy, loss = score(model, study.data.validation)
         return {
             "validation_accuracy": accuracy,
@@ -73,4 +76,4 @@ def columns(rows: list[dict[str, float]]) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_script("train", main, __file__, run=str, seed=int)
+    run_script("train", main, __file__, shared_out, run=str, seed=int)

@@ -15,15 +15,20 @@ import pytest
 import yaml
 
 from attention_transfer.commands.repro import (
+    GPUS,
     LARGEST_BATCH,
+    OMP,
     THREADS,
     Clock,
     Queue,
     depth_first,
     family,
+    gpus,
     repro,
+    surroundings,
 )
 from attention_transfer.errors import StudyError
+from attention_transfer.machine_file import Machine
 
 WIDE = 6
 WORK = """
@@ -330,3 +335,47 @@ def test_the_estimate_is_of_the_families_that_were_measured() -> None:
     clock.add("maps", 240.0)  # has all cores for itself
     assert clock.left([*stages, "maps"], 2) == "about 15 min to go"
     assert clock.left([], 2) == "all done"
+
+
+def test_each_of_several_dvcs_has_gpus_of_its_own() -> None:
+    devices = ["0", "1", "2", "3", "4"]
+    alone = [surroundings(Machine(), number, ["train@a-0"], 4, devices) for number in (1, 2, 5, 6)]
+    assert [found[GPUS] for found in alone] == ["0", "1", "4", "0"]
+    pairs = [surroundings(Machine(processes=2), number, ["train@a-0"], 4, devices) for number in (1, 2, 3)]
+    assert [found[GPUS] for found in pairs] == ["0,1", "2,3", "0,1"]
+    assert GPUS not in surroundings(
+        Machine(processes=8), 1, ["train@a-0"], 4, devices
+    )  # the launcher refuses
+    assert GPUS not in surroundings(Machine(), 1, ["train@a-0"], 4, [])
+
+
+def test_the_processes_of_a_stage_share_its_threads() -> None:
+    def threads(machine: Machine, stage: str) -> str:
+        found = surroundings(machine, 1, [stage], 4, [])
+        assert found[THREADS] == found[OMP]
+        return found[THREADS]
+
+    assert threads(Machine(), "train@a-0") == "4"
+    assert threads(Machine(processes=2), "x:train@a-0") == "2"
+    assert threads(Machine(processes=8), "cache@mae") == "1"
+    assert threads(Machine(processes=2), "maps") == "4"  # which is not shared out
+    assert threads(Machine(processes=2, threads=3), "cache@mae") == "3"
+
+
+def test_gpus_are_those_that_the_environment_or_the_driver_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv(GPUS, raising=False)
+    assert gpus() == []
+    driver = tmp_path / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho 0\necho 1\necho 2\n")
+    driver.chmod(0o755)
+    assert gpus() == ["0", "1", "2"]
+    monkeypatch.setenv(GPUS, "GPU-5,7")
+    assert gpus() == ["GPU-5", "7"]
+    monkeypatch.setenv(GPUS, "")
+    assert gpus() == []
+    monkeypatch.delenv(GPUS)
+    driver.write_text("#!/bin/sh\necho no driver\nexit 9\n")
+    assert gpus() == []

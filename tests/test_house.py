@@ -30,6 +30,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "config": ("config_errors", "config_runs", "config_teachers", "config_values", "errors", "params_yaml"),
     "provenance": ("files",),
     "stop_signals": (),
+    "machine_file": ("errors",),
+    "launching": ("errors", "machine_file"),
+    "processes": (),
+    "draws": (),
     "lock_file": ("errors", "files"),
     "graph_file": ("config", "errors", "lock_file"),
     "run_record": ("errors", "files"),
@@ -38,7 +42,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "data.views": (),
     "data.corruptions": (),
     "blocks": (),
-    "models": ("blocks", "config", "errors", "files"),
+    "models": ("blocks", "config", "draws", "errors", "files"),
     # Transfer knows tensors, and attention as they are read and replaced, but no model by name.
     "transfer": ("errors", "files", "models.attention", "models.tokens"),
     "transfer.losses": ("blocks",),
@@ -68,8 +72,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         }.items()
     },
     # Training knows the protocols: no method, no data set, no tracker.
-    "training": ("errors", "files", "stop_signals", "transfer.method", "transfer.teacher_source"),
-    "evaluation": ("blocks", "errors", "files"),
+    "training": (
+        *("errors", "files", "stop_signals", "transfer.method", "transfer.teacher_source"),
+        *("draws", "machine_file", "processes"),
+    ),
+    "evaluation": ("blocks", "errors", "files", "processes"),
     "evaluation.metrics": (),
     "evaluation.statistics": (),
     "reporting": (
@@ -103,6 +110,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "assembly",
         "data",
         "evaluation",
+        "machine_file",
         "models",
         "teaching",
         "training",
@@ -112,8 +120,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "config",
         "errors",
         "files",
+        "launching",
         "layout",
         "lock_file",
+        "machine_file",
         "provenance",
         "run_record",
         "tracking",
@@ -155,6 +165,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "graph_file",
         "layout",
         "lock_file",
+        "machine_file",
         "measuring",
         "models.students",
         "models.releases",
@@ -178,7 +189,8 @@ ONLY_IN = {
     "mlflow": ("tracking",),
     "altair": ("reporting",),
     "vl_convert": ("reporting.scripts",),
-    "yaml": ("graph_file", "lock_file", "params_yaml", "tracking.sync"),  # all but the third read DVC's files
+    # All but two read DVC's files.
+    "yaml": ("graph_file", "lock_file", "machine_file", "params_yaml", "tracking.sync"),
     "pydantic": ("config", "config_errors", "config_runs", "config_teachers", "config_values"),
     "timm": ("assembly", "data.decoding", "data.sources", "exporting.timm_folder", "models", "training"),
     "onnx": ("exporting.onnx_file",),
@@ -337,9 +349,10 @@ def test_params_yaml_is_read_by_config_alone() -> None:
     assert reading == {
         "graph_file",
         "lock_file",
+        "machine_file",  # where it runs
         "params_yaml",
         "tracking.sync",
-    }  # all but one read DVC's files
+    }  # all but two read DVC's files
     assert "params.yaml" not in modules["tracking.sync"]
     reading = {name for name in modules if "params_yaml" in siblings(modules[name], modules)}
     assert reading == {"config", "commands.compare"}  # which shows files of other revisions, and runs none

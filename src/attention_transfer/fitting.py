@@ -10,11 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attention_transfer import machine_file
 from attention_transfer.assembly import Parts
 from attention_transfer.data import views
 from attention_transfer.evaluation.predictions import predict_all
 from attention_transfer.models import students
 from attention_transfer.teaching import teacher_source
+from attention_transfer.training import execution
 from attention_transfer.training.checkpoint import Checkpoint
 from attention_transfer.training.loop import History, MetricSink, fit
 from attention_transfer.training.student_task import StudentTask
@@ -49,6 +51,8 @@ def fit_student(
         teacher=None if initial is None else parts.teacher(initial).cpu(),
         copied_layers=methods.slimmed_layers(study, name),
     ).to(parts.device)
+    how = execution_of(parts, name, where=where)
+    how.apply(student)
     method = methods.build(study, name, student)
     score = validation(parts, name, method)
     with StudentTask(
@@ -61,6 +65,7 @@ def fit_student(
         seed=seed,
         device=parts.device,
         bfloat16=parts.bfloat16,
+        division=how.division,
     ) as task:
         model, history = fit(
             task,
@@ -72,8 +77,25 @@ def fit_student(
             sink=sink,
             label=label,
             where=where,
+            division=how.division,
         )
     return model, history, score
+
+
+def execution_of(parts: Parts, name: str, *, where: str) -> execution.Execution:
+    """How a run's student is trained on this machine.
+
+    Args:
+        where: file and key of the run, for error messages.
+    """
+    run = parts.study.runs[name]
+    return execution.choose(
+        machine_file.settings(),
+        batch=run.batch_size,
+        pairs=parts.study.views.mixes,
+        called="in parts" if run.method in ("linear_probe", "distill_features") else "whole",
+        where=where,
+    )
 
 
 def validation(parts: Parts, name: str, method: Method) -> Score:

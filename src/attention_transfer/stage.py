@@ -17,12 +17,13 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from attention_transfer import config, lock_file, provenance, run_record, tracking
+from attention_transfer import config, launching, lock_file, machine_file, provenance, run_record, tracking
 from attention_transfer.errors import StudyError
 from attention_transfer.files import fingerprint, write_json, write_text
 from attention_transfer.layout import Layout
@@ -46,6 +47,7 @@ class Stage:
         params: the part of it that this stage's result depends on, resolved.
         paths: which of several equal computations ran, for the record.
         outputs: files outside the record's folder for which run.json vouches.
+        alone: why one process does it although the machine has several.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Stage:
     inputs: dict[str, str] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
     outputs: list[Path] = field(default_factory=list)
+    alone: str = ""
 
     @property
     def record(self) -> Path:
@@ -77,6 +80,11 @@ class Stage:
         """Folder for checkpoints of this very computation: another fingerprint has another folder."""
         root = Path(os.environ.get("DVC_ROOT", "."))
         return root / ".ckpt" / self.study.name / f"{self.label}-{self.fingerprint}"
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the stage's outputs: the only one, or the first of several."""
+        return launching.number() == 0
 
     @property
     def label(self) -> str:
@@ -97,6 +105,8 @@ class Stage:
     ) -> None:
         """Does the stage's work under tracking, then writes its records, run.json last.
 
+        Of several processes, all work, and the first tracks and writes.
+
         Args:
             params: by dotted name in params.yaml, everything that changes the result.
             inputs: hashes of what the stage reads, by name.
@@ -106,6 +116,9 @@ class Stage:
             patience: seconds of work before it is shown live; what ends sooner is left to `sync` too.
         """
         self.params, self.inputs = dict(params), dict(inputs)
+        if not self.writes:
+            work()
+            return
         kept = self.checkpoints() / "mlflow_run_id"
         with (
             self._tracked(kept, patience)
@@ -140,6 +153,11 @@ class Stage:
             root=Path(),
         )
 
+    def _running(self) -> dict[str, Any]:
+        """Processes of this stage, and what else machine.yaml or the environment has chosen."""
+        why = {"alone": self.alone} if self.alone else {}
+        return {**machine_file.settings().choices(), "processes": launching.count(), **why}
+
     def write_run(self) -> None:
         """run.json: how this result came about. Only the report, `sync` and `choose` read it."""
         beside = (path for path in self.record.iterdir() if path.suffix in (".json", ".csv"))
@@ -157,7 +175,7 @@ class Stage:
                 **provenance.git_state(),
                 "dvc": provenance.dvc_stage(),
                 "versions": provenance.versions(),
-                "machine": provenance.machine(),
+                "machine": {**provenance.machine(), **self._running()},
                 "started": datetime.datetime.fromtimestamp(self.started, datetime.UTC).isoformat(
                     timespec="seconds"
                 ),
@@ -202,12 +220,29 @@ def _collect_garbage() -> None:
     gc.enable()
 
 
-def run_script(name: str, work: Callable[[Stage], None], script: str, **arguments: type) -> None:
+def not_shared_out(study: config.Study, instance: Mapping[str, Any]) -> str:
+    """Of a stage that has too little to do for several processes."""
+    return "it has little to do"
+
+
+def shared_out(study: config.Study, instance: Mapping[str, Any]) -> str:
+    """Of a stage that any number of processes can do together."""
+    return ""
+
+
+def run_script(
+    name: str,
+    work: Callable[[Stage], None],
+    script: str,
+    why_alone: Callable[[config.Study, Mapping[str, Any]], str] = not_shared_out,
+    **arguments: type,
+) -> None:
     """Runs a stage from the command line and ends the process.
 
     Args:
-        work: reads `stage.study` and calls `stage.run`.
+        work: reads `stage.study` and calls `stage.run`; where the machine has several processes, in each of them.
         script: the caller's `__file__`.
+        why_alone: from the study and the instance, why one process must do it; empty if several can.
         arguments: what tells instances apart, with their types: `run=str, seed=int`.
     """
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
@@ -219,25 +254,40 @@ def run_script(name: str, work: Callable[[Stage], None], script: str, **argument
     _collect_garbage()
     _die_with_parent()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    alone = ""
     try:
         study = config.load(path)
         _known(given, study, path)
-        lock_file.keep(study.name)
-        lock_file.forget_checkpoints(study.name)
-        work(Stage(name, given, study, path, Path(script), Layout.of(study)))
+        if not launching.is_launched():
+            lock_file.keep(study.name)
+            lock_file.forget_checkpoints(study.name)
+            machine = machine_file.settings()
+            if launching.is_wanted(machine) and not (alone := why_alone(study, given)):
+                sys.exit(launching.launch(machine, [sys.executable, *sys.argv]))
+        work(Stage(name, given, study, path, Path(script), Layout.of(study), alone=alone))
     except StudyError as error:
-        sys.exit(f"error: {error}")
+        _end(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+    except Exception as error:
+        if _out_of_memory(error):
+            _end(
+                f"error: {name}: out of memory ({str(error).splitlines()[0] if str(error) else 'no room'})\n"
+                f"  What to do: in {path}, lower batch_size, set attention.source: cache (no teacher in the step), "
+                "or set training.precision: bfloat16; or set micro_batch or checkpointing in machine.yaml"
+            )
+        if not launching.is_launched():
             raise
-        sys.exit(
-            f"error: {name}: out of memory ({str(error).splitlines()[0] if str(error) else 'no room'})\n"
-            f"  What to do: in {path}, lower batch_size, set attention.source: cache (no teacher in the step), "
-            "or set training.precision: bfloat16"
-        )
+        _end(traceback.format_exc())
     _succeeded.set()
+
+
+def _end(message: str) -> NoReturn:
+    """Ends the process; of several, the launcher prints the message of the one that failed first."""
+    if launching.is_launched():
+        launching.leave_word(message)
+        sys.exit(1)
+    sys.exit(message)
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -262,11 +312,11 @@ def _known(given: dict[str, Any], study: config.Study, path: Path) -> None:
 
 
 def _die_with_parent() -> None:
-    """On Linux, a stage ends when the `dvc` that started it is killed: no orphan goes on writing.
+    """On Linux, a stage ends when the `dvc` or launcher that started it is killed: no orphan goes on writing.
 
     DVC must be its parent, not a shell that DVC started: so commands in dvc.yaml begin with `exec`.
     """
-    if sys.platform == "linux" and "DVC_STAGE" in os.environ:
+    if sys.platform == "linux" and ("DVC_STAGE" in os.environ or launching.is_launched()):
         import ctypes
 
         parent = os.getppid()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -15,13 +16,16 @@ from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-from attention_transfer import stop_signals
+from attention_transfer import machine_file, stop_signals
 from attention_transfer.commands.progress import Display
 from attention_transfer.errors import StudyError
+from attention_transfer.machine_file import Machine
 
 THREADS = "ATTENTION_TRANSFER_THREADS"  # see training/machine.py, which takes torch with it
 OF_STUDENTS = ("resolve", "train", "predict")  # stages that a study has by the hundred
+SHARED_OUT = ("pretrain", "cache", "train", "predict")  # stages that several processes do together
 OMP = "OMP_NUM_THREADS"
+GPUS = "CUDA_VISIBLE_DEVICES"
 LARGEST_BATCH = 16  # stages that one DVC is given; starting it takes as long as a short stage
 PATIENCE = 60.0  # seconds until a process that has ended has said its last word
 TICK = 0.05
@@ -133,13 +137,21 @@ def family(stage: str) -> str:
 class Worker:
     """One DVC at a batch of stages, whose lines are shown with its number."""
 
-    def __init__(self, number: int, stages: list[str], threads: int, clock: Clock, display: Display) -> None:
+    def __init__(
+        self,
+        number: int,
+        stages: list[str],
+        threads: int,
+        clock: Clock,
+        display: Display,
+        *,
+        where: Mapping[str, str],
+    ) -> None:
         self.number, self.stages, self.threads = number, stages, threads
         self.clock, self.display = clock, display
         self.process = subprocess.Popen(
             [sys.executable, "-c", DVC, "dvc", "--wait-for-lock", "repro", "--single-item", *stages],
-            # What torch's libraries read when they are loaded decides on last bits too, as much as its own setting.
-            env={THREADS: str(threads), **os.environ} | {OMP: os.environ.get(THREADS, str(threads))},
+            env={**os.environ, **where},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -172,8 +184,8 @@ def repro(graph: Path, jobs: int, only: Sequence[str] = ()) -> int:
 
     Args:
         graph: path of a dvc.yaml.
-        jobs: DVCs at a time; each stage gets its share of the cores (see `Queue`), unless the environment says
-            otherwise.
+        jobs: DVCs at a time; each stage gets its share of the cores (see `Queue`), unless machine.yaml or the
+            environment says otherwise, and GPUs of its own where there are any.
         only: families of stages: these and what they depend on; none for all.
 
     Raises:
@@ -181,12 +193,14 @@ def repro(graph: Path, jobs: int, only: Sequence[str] = ()) -> int:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     queue = Queue(depth_first(waits_for(graph, only)), jobs, cores)
+    machine = machine_file.settings()
+    devices = gpus() if machine.device in (None, "cuda") else []
     with Display() as display:
         display.say(f"{graph}: {queue.total} stages, up to {jobs} at a time on {cores} cores")
-        return _work(queue, display)
+        return _work(queue, display, machine, devices)
 
 
-def _work(queue: Queue, display: Display) -> int:
+def _work(queue: Queue, display: Display, machine: Machine, devices: list[str]) -> int:
     clock, workers, failed = Clock(), list[Worker](), False
 
     def stop() -> None:  # their stages end with them, and save their state
@@ -200,7 +214,9 @@ def _work(queue: Queue, display: Display) -> int:
             ]
             busy = sum(worker.threads for worker in workers)
             if free and not failed and not stopped() and (stages := queue.take(busy)):
-                workers.append(Worker(free[0], stages, queue.threads[family(stages[0])], clock, display))
+                threads = queue.threads[family(stages[0])]
+                where = surroundings(machine, free[0], stages, threads, devices)
+                workers.append(Worker(free[0], stages, threads, clock, display, where=where))
                 continue
             time.sleep(TICK)
             for worker in [worker for worker in workers if worker.process.poll() is not None]:
@@ -245,6 +261,39 @@ def depth_first(waits: Mapping[str, set[str]]) -> dict[str, set[str]]:
 
     visit(waits.keys() - set().union(*waits.values()))
     return ordered
+
+
+def surroundings(
+    machine: Machine, number: int, stages: list[str], threads: int, devices: list[str]
+) -> dict[str, str]:
+    """Variables for one DVC's stages: threads of each process, and GPUs of their own where there are any.
+
+    What the environment or machine.yaml says of threads counts first.
+
+    Args:
+        number: of the DVC, from 1.
+        threads: of all its processes together.
+        devices: all GPUs of the machine.
+    """
+    together = machine.processes if all(family(stage) in SHARED_OUT for stage in stages) else 1
+    each = str(machine.threads or max(1, threads // together))
+    # What torch's libraries read when they are loaded decides on last bits too, as much as its own setting.
+    found = {THREADS: each, OMP: each}
+    if groups := len(devices) // machine.processes:
+        first = (number - 1) % groups * machine.processes
+        found[GPUS] = ",".join(devices[first : first + machine.processes])
+    return found
+
+
+def gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    if (visible := os.environ.get(GPUS)) is not None:
+        return [device for device in visible.split(",") if device]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    told = subprocess.run(command, check=False, capture_output=True, text=True)
+    return told.stdout.split() if told.returncode == 0 else []
 
 
 def waits_for(graph: Path, only: Sequence[str] = ()) -> dict[str, set[str]]:

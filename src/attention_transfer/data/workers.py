@@ -26,10 +26,11 @@ SMALLEST_SHARE = 4  # images: below that, sending them takes longer than decodin
 
 
 def count() -> int:
-    """Of ATTENTION_TRANSFER_WORKERS; without it one a core."""
+    """Of ATTENTION_TRANSFER_WORKERS; without it one a core, shared with the other processes that train here."""
     text = os.environ.get(WORKERS)
     if text is None:
-        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # set by PyTorch's launcher
     if not text.isdecimal() or int(text) < 1:
         raise StudyError(
             f"{text!r} is not a number of processes",

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from attention_transfer import processes
 from attention_transfer.errors import StudyError, repro
 from attention_transfer.files import atomic
 
@@ -59,9 +60,17 @@ class Predictions:
 
 @torch.inference_mode()
 def predict_all(predict: Predict, count: int) -> Tensor:
-    """Logits of all rows of a set, every one once: float32 (count, classes), on the CPU."""
-    parts = [predict(np.arange(start, min(start + BATCH, count))) for start in range(0, count, BATCH)]
-    return torch.cat([part.float().cpu() for part in parts])
+    """Logits of all rows of a set, every one once: float32 (count, classes), on the CPU.
+
+    Several processes share out whole batches, so that each batch is computed as by one process, and all have them all.
+    """
+    batches = [np.arange(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
+    parts = [predict(rows).float().cpu() for rows in batches[processes.share(len(batches))]]
+    sizes = [
+        sum(map(len, batches[processes.share_of(len(batches), process, processes.count())]))
+        for process in range(processes.count())
+    ]
+    return processes.joined(torch.cat(parts) if parts else None, sizes)
 
 
 def save(path: Path, predictions: Predictions, fingerprint: str) -> None:

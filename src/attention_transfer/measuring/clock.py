@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_transfer.training.checkpoint import Checkpoint
+from attention_transfer.training.division import WHOLE
 from attention_transfer.training.loop import Task, fit
 
 WARM_UP, LEAST = 2, 3
@@ -76,13 +77,13 @@ class _Timed:
     def train(self) -> None:
         self.task.train()
 
-    def losses(self, epoch: int, step: int) -> dict[str, Tensor]:
+    def losses(self, epoch: int, step: int, part: slice = WHOLE) -> dict[str, Tensor]:
         _synchronise(self.device)
         self.begun.append(time.perf_counter())
         counted = self.begun[WARM_UP:]
         if len(counted) > LEAST and counted[-1] - counted[0] > self.seconds:
             raise _EnoughError
-        return self.task.losses(epoch, step)
+        return self.task.losses(epoch, step, part)
 
     def validate(self, model: nn.Module) -> dict[str, float]:
         return {}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
-from timm.models import VisionTransformer
+from timm.models import VisionTransformer, checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+
+from attention_transfer import draws
 
 
 class MaskedAutoencoder(nn.Module):
@@ -54,7 +56,9 @@ class MaskedAutoencoder(nn.Module):
             images: (batch, channels, size, size).
         """
         batch = images.shape[0]
-        order = torch.rand(batch, self.patches, device=images.device).argsort(dim=1)
+        order = draws.of_examples(
+            batch, lambda count: torch.rand(count, self.patches, device=images.device)
+        ).argsort(dim=1)
         decoded = self._decode(self._encode(images, order[:, : self.visible]), order)
         error = (decoded - self.targets(images)).square().mean(dim=-1)
         hidden = torch.ones_like(error).scatter(1, order[:, : self.visible], 0.0)
@@ -74,7 +78,10 @@ class MaskedAutoencoder(nn.Module):
         tokens = encoder.patch_embed(images) + encoder.pos_embed[:, 1:]
         tokens = tokens.gather(1, visible[..., None].expand(-1, -1, tokens.shape[-1]))
         class_token = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(images), -1, -1)
-        return self.norm(encoder.blocks(torch.cat([class_token, tokens], dim=1)))
+        tokens = torch.cat([class_token, tokens], dim=1)
+        if encoder.grad_checkpointing:  # see set_grad_checkpointing, which the blocks alone do not know of
+            return self.norm(checkpoint_seq(encoder.blocks, tokens))
+        return self.norm(encoder.blocks(tokens))
 
     def _decode(self, latent: Tensor, order: Tensor) -> Tensor:
         latent = self.to_decoder(latent)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attention_transfer import draws
 from attention_transfer.models.tokens import token_layout
 from attention_transfer.models.vit import ViT
 
@@ -55,7 +56,9 @@ class MaskedImageModelling(nn.Module):
         Args:
             images: (batch, channels, size, size).
         """
-        order = torch.rand(len(images), self.patches, device=images.device).argsort(dim=1)
+        order = draws.of_examples(
+            len(images), lambda count: torch.rand(count, self.patches, device=images.device)
+        ).argsort(dim=1)
         hidden = torch.zeros_like(order, dtype=torch.bool).scatter(1, order[:, : self.hidden], True)
         errors = (self.predict(images, hidden).float() - self.targets(images)).abs().mean(dim=2)
         return (errors * hidden).sum() / hidden.sum()

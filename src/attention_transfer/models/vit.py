@@ -16,6 +16,7 @@ from attention_transfer.config import Architecture
 from attention_transfer.errors import StudyError, repro
 from attention_transfer.files import atomic, read_sealed, write_sealed, xxh3
 from attention_transfer.models import timm_entries
+from attention_transfer.models.stochastic_depth import replace_drop_path
 
 ViT: TypeAlias = timm_entries.ViT
 
@@ -119,6 +120,7 @@ def create(arguments: Arguments, *, seed: int, drop_path: float = 0.0) -> ViT:
 
 def _build(entry: str, values: Mapping[str, Any], **more: Any) -> ViT:
     model: ViT = timm.create_model(entry, **values, **more)
+    replace_drop_path(model)
     return model
 
 

@@ -13,10 +13,12 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from attention_transfer import stop_signals
+from attention_transfer import processes, stop_signals
 from attention_transfer.errors import StudyError
 from attention_transfer.training.checkpoint import Checkpoint
+from attention_transfer.training.division import UNDIVIDED, WHOLE, Division
 from attention_transfer.training.optimisation import Recipe, optimiser, schedule
+from attention_transfer.training.passes import Passes
 
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
 
@@ -30,12 +32,13 @@ class Task(Protocol):
     def train(self) -> None:
         """Puts the model into training mode."""
 
-    def losses(self, epoch: int, step: int) -> dict[str, Tensor]:
-        """Losses of one batch by name; `total` is minimised and the others are recorded.
+    def losses(self, epoch: int, step: int, part: slice = WHOLE) -> dict[str, Tensor]:
+        """Losses of one batch by name, means over its examples; `total` is minimised and the others are recorded.
 
         Args:
             epoch: from 0.
             step: within the epoch, from 0.
+            part: of the batch, where a step takes several passes or processes.
         """
 
     def validate(self, model: nn.Module) -> dict[str, float]:
@@ -67,14 +70,19 @@ def fit(
     sink: MetricSink,
     label: str,
     where: str,
+    division: Division = UNDIVIDED,
 ) -> tuple[nn.Module, History]:
     """Trains to the end of the schedule.
+
+    Every process of a stage calls this with the same arguments but for `division`, and gets the same; process 0
+    alone writes the checkpoint and shows the curve.
 
     Args:
         seed: of everything random inside the model, such as stochastic depth.
         validate_every: epochs; the last one is always validated.
         label: shown beside the progress bar.
         where: file and key of the recipe, for error messages.
+        division: what of each batch this process works on, and in how many passes.
 
     Returns:
         The model that counts (the average of the weights where the recipe asks for one), in eval mode,
@@ -91,27 +99,26 @@ def fit(
     optimizer = optimiser(task.model, recipe)
     scheduler = schedule(optimizer, recipe, task.steps_per_epoch)
     average = ModelEmaV3(task.model, decay=recipe.ema) if recipe.ema else None
+    passes = Passes(task, division)
     history = History()
     sums: dict[str, Tensor] = {}
-    if (state := checkpoint.load()) is not None:
-        task.model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+    if (found := checkpoint.load()) is not None:
+        task.model.load_state_dict(found["model"])
+        optimizer.load_state_dict(found["optimizer"])
         if average is not None:
-            average.module.load_state_dict(state["average"])
-        history = History(state["rows"], state["steps"])
-        sums = {name: value.to(_device(task.model)) for name, value in state["sums"].items()}
+            average.module.load_state_dict(found["average"])
+        history = History(found["rows"], found["steps"])
+        sums = {name: value.to(_device(task.model)) for name, value in found["sums"].items()}
 
-    def save() -> None:
-        checkpoint.save(
-            {
-                "model": task.model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "average": None if average is None else average.module.state_dict(),
-                "rows": history.rows,
-                "steps": history.steps,
-                "sums": sums,
-            }
-        )
+    def state() -> dict[str, Any]:
+        return {
+            "model": task.model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "average": None if average is None else average.module.state_dict(),
+            "rows": history.rows,
+            "steps": history.steps,
+            "sums": sums,
+        }
 
     total = recipe.epochs * task.steps_per_epoch
     saved = time.monotonic()
@@ -120,17 +127,15 @@ def fit(
             epoch, step = divmod(history.steps, task.steps_per_epoch)
             scheduler.step_update(history.steps)
             task.train()
-            torch.manual_seed(_step_seed(seed, history.steps))
-            losses = task.losses(epoch, step)
             optimizer.zero_grad(set_to_none=True)
-            losses["total"].backward()
+            losses = passes.backward(epoch, step, seed=_step_seed(seed, history.steps))
             if clip_norm is not None:
                 nn.utils.clip_grad_norm_(task.model.parameters(), clip_norm)
             optimizer.step()
             if average is not None:
                 average.update(task.model, step=history.steps)
             for name, value in losses.items():
-                sums[name] = sums.get(name, 0) + value.detach()
+                sums[name] = sums.get(name, 0) + value
             history.steps += 1
             if step + 1 == task.steps_per_epoch:
                 row = _row(history.steps, epoch, sums, task.steps_per_epoch, optimizer)
@@ -139,16 +144,16 @@ def fit(
                     row |= task.validate(task.model if average is None else average.module)
                 history.rows.append(row)
                 sums = {}
-                sink.log_metrics({k: v for k, v in row.items() if k not in ("epoch", "step")}, step=epoch + 1)
-                progress.set_postfix_str(
-                    " ".join(f"{k}={v:.3g}" for k, v in row.items() if "loss" in k or "acc" in k),
-                    refresh=False,  # a bar that is shown before its delay is never closed
-                )
+                _show(row, sink, progress)
             progress.update()
-            if stopped() or time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
-                save()
+            # Of one mind: a process that stopped alone would leave the others waiting for its gradients.
+            due = time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS
+            number, due_somewhere = processes.largest(stopped(), due)
+            if number or due_somewhere:
+                if processes.number() == 0:
+                    checkpoint.save(state())
                 saved = time.monotonic()
-            if number := stopped():
+            if number:
                 raise SystemExit(128 + number)
     return (task.model if average is None else average.module).eval(), history
 
@@ -157,6 +162,16 @@ def _row(steps: int, epoch: int, sums: dict[str, Tensor], count: int, optimizer:
     means = {name: float(value) / count for name, value in sums.items()}
     rate = max(group["lr"] for group in optimizer.param_groups)
     return {"epoch": epoch + 1, "step": steps, **means, "learning_rate": rate}
+
+
+def _show(row: dict[str, float], sink: MetricSink, progress: tqdm[Any]) -> None:
+    if processes.number() == 0:
+        shown = {key: value for key, value in row.items() if key not in ("epoch", "step")}
+        sink.log_metrics(shown, step=int(row["epoch"]))
+    progress.set_postfix_str(
+        " ".join(f"{key}={value:.3g}" for key, value in row.items() if "loss" in key or "acc" in key),
+        refresh=False,  # a bar that is shown before its delay is never closed
+    )
 
 
 def _refuse_nan(row: dict[str, float], *, label: str, where: str, rate: float) -> None:
@@ -178,4 +193,13 @@ def _step_seed(seed: int, step: int) -> int:
 
 def _progress(total: int, done: int, label: str) -> tqdm[Any]:
     # A line every 10 s when the output is a log file, a living bar in a terminal.
-    return tqdm(total=total, initial=done, desc=label, unit="step", mininterval=1.0, maxinterval=10, delay=2)
+    return tqdm(
+        total=total,
+        initial=done,
+        desc=label,
+        unit="step",
+        mininterval=1.0,
+        maxinterval=10,
+        delay=2,
+        disable=processes.number() > 0,
+    )

@@ -1,4 +1,4 @@
-"""Where it runs: from the environment, never from params.yaml, because it must not change results."""
+"""This process on this machine: its device, threads and memory, and the processes that it works with."""
 
 from __future__ import annotations
 
@@ -7,46 +7,54 @@ import os
 
 import torch
 
+from attention_transfer import machine_file, processes
 from attention_transfer.errors import StudyError
 
 DEVICE = "ATTENTION_TRANSFER_DEVICE"
 THREADS = "ATTENTION_TRANSFER_THREADS"
+LOCAL = "LOCAL_RANK"  # number of this process on its node, from PyTorch's launcher
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEPT = 2**30  # bytes
 
 
 def device() -> torch.device:
-    """The device of ATTENTION_TRANSFER_DEVICE; without it a GPU if there is one, else the CPU."""
-    name = os.environ.get(DEVICE) or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that the environment or machine.yaml names; without it a GPU if there is one, else the CPU.
+
+    Of several processes on a node, each has the GPU of its number.
+    """
+    name = machine_file.settings().device or ("cuda" if torch.cuda.is_available() else "cpu")
+    own = os.environ.get(LOCAL) if name == "cuda" and machine_file.PROCESS in os.environ else None
     try:
-        chosen = torch.device(name)
+        chosen = torch.device(f"cuda:{own}" if own else name)
         torch.empty(0, device=chosen)
+        if own:
+            torch.cuda.set_device(chosen)
     except (RuntimeError, AssertionError) as error:
+        remedy = "set it to cpu, cuda or mps, or remove it"
         raise StudyError(
-            f"{name!r} is not a device of this machine: {str(error).splitlines()[0]}",
-            where=f"environment variable {DEVICE}",
-            remedy="set it to cpu, cuda or mps, or remove it",
+            f"{str(chosen) if own else name!r} is not a device of this machine: {str(error).splitlines()[0]}",
+            where=machine_file.where("device"),
+            remedy=f"{remedy}; no more processes than GPUs" if own else remedy,
         ) from error
     return chosen
 
 
 def prepare() -> torch.device:
-    """Sets threads, memory and deterministic kernels for this process, and returns the device."""
-    if threads := os.environ.get(THREADS):
-        if not threads.isdecimal() or int(threads) < 1:
-            raise StudyError(
-                f"{threads!r} is not a number of threads",
-                where=f"environment variable {THREADS}",
-                remedy="set it to 1 or more, or remove it",
-            )
-        torch.set_num_threads(int(threads))
+    """Sets threads, memory and deterministic kernels for this process, meets the others, and returns the device."""
+    settings = machine_file.settings()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    elif machine_file.PROCESS in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // settings.processes))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic matrix products on CUDA
     torch.use_deterministic_algorithms(True, warn_only=True)
     # That would also fill every new tensor with NaN before its kernel writes it (benchmarks/determinism.py).
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     _keep_freed_memory()
-    return device()
+    chosen = device()
+    processes.join(chosen)
+    return chosen
 
 
 def _keep_freed_memory() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_transfer.training.batches import Render, order
+from attention_transfer.training.division import WHOLE
 
 
 class PretrainingTask:
@@ -38,9 +39,9 @@ class PretrainingTask:
     def train(self) -> None:
         self.model.train()
 
-    def losses(self, epoch: int, step: int) -> dict[str, Tensor]:
+    def losses(self, epoch: int, step: int, part: slice = WHOLE) -> dict[str, Tensor]:
         rows = order(self.count, seed=self.seed, epoch=epoch)
-        rows = rows[step * self.batch_size : (step + 1) * self.batch_size]
+        rows = rows[step * self.batch_size : (step + 1) * self.batch_size][part]
         batch = [
             self.render(rows, epoch * self.views + number).to(self.device) for number in range(self.views)
         ]

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from attention_transfer.training.batches import Images, order, paired
+from attention_transfer.training.division import UNDIVIDED, WHOLE, Division
 from attention_transfer.training.prefetch import Prefetch
 from attention_transfer.transfer.method import Given, Method
 from attention_transfer.transfer.teacher_source import CachedTeacher, TeacherSource
 
 
 class _Batch(NamedTuple):
-    """What a step reads; `given` where the teacher's attention is cached."""
+    """What a pass reads; `given` where the teacher's attention is cached."""
 
     rows: np.ndarray
     images: Tensor
@@ -25,10 +26,18 @@ class _Batch(NamedTuple):
     given: Given | None
 
 
+class _Request(NamedTuple):
+    """Which examples a pass reads."""
+
+    epoch: int
+    step: int
+    part: slice
+
+
 class StudentTask:
     """Trains a student on labelled images, one view of each an epoch.
 
-    While a step trains, a thread renders the next step's views and reads their attention from the cache. It
+    While a pass is worked on, a thread renders the next one's views and reads their attention from the cache. It
     ends with the `with` block.
 
     Args:
@@ -37,6 +46,7 @@ class StudentTask:
         teacher: where what the method needs of the teacher comes from; None if it needs nothing.
         accuracy: top-1 accuracy of a model on the validation images.
         bfloat16: whether matrix products run in that format.
+        division: the passes that will be asked for.
     """
 
     def __init__(
@@ -51,6 +61,7 @@ class StudentTask:
         seed: int,
         device: torch.device,
         bfloat16: bool,
+        division: Division = UNDIVIDED,
     ) -> None:
         self.method = method
         self.model = method.student
@@ -58,8 +69,9 @@ class StudentTask:
         self.accuracy = accuracy
         self.batch_size, self.seed, self.device, self.bfloat16 = batch_size, seed, device, bfloat16
         self.steps_per_epoch = len(images) // batch_size
+        self.division = division
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-        self._batches: Prefetch[tuple[int, int], _Batch] = Prefetch(self._read)
+        self._batches: Prefetch[_Request, _Batch] = Prefetch(self._read)
 
     def __enter__(self) -> Self:
         return self
@@ -81,9 +93,10 @@ class StudentTask:
             known = self._epoch = (epoch, rows if partners is None else paired(rows, partners))
         return known[1][step * self.batch_size : (step + 1) * self.batch_size]
 
-    def losses(self, epoch: int, step: int) -> dict[str, Tensor]:
-        batch = self._batches.take((epoch, step))
-        self._batches.ask((epoch, step + 1) if step + 1 < self.steps_per_epoch else (epoch + 1, 0))
+    def losses(self, epoch: int, step: int, part: slice = WHOLE) -> dict[str, Tensor]:
+        request = _Request(epoch, step, part)
+        batch = self._batches.take(request)
+        self._batches.ask(self._next(request))
         with self._autocast():
             given = batch.given
             if given is None:
@@ -95,9 +108,16 @@ class StudentTask:
     def validate(self, model: nn.Module) -> dict[str, float]:
         return {"validation_accuracy": self.accuracy(model)}
 
-    def _read(self, request: tuple[int, int]) -> _Batch:
-        epoch, step = request
-        rows, view = self.rows(epoch, step), epoch % self.views
+    def _next(self, request: _Request) -> _Request:
+        passes = self.division.passes
+        if request.part != passes[-1]:
+            return request._replace(part=passes[passes.index(request.part) + 1])
+        epoch, step = divmod(request.epoch * self.steps_per_epoch + request.step + 1, self.steps_per_epoch)
+        return _Request(epoch, step, passes[0])
+
+    def _read(self, request: _Request) -> _Batch:
+        epoch, step, part = request
+        rows, view = self.rows(epoch, step)[part], epoch % self.views
         images, targets = self.images.render(rows, view), self.images.targets(rows, view)
         with self._autocast():
             given = self._taught(images, rows, epoch) if isinstance(self.teacher, CachedTeacher) else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -41,6 +41,14 @@ class CacheWriter:
     shards of another recipe or of other keys, damaged ones, leftovers of a killed process. Leaving
     it without an error writes keys, bias and, last, the manifest. Equal rows give equal bytes.
 
+    Several processes write one cache together: one of them as above, the others as its helpers, each some of the
+    missing shards. What they have `written` is to be handed to it before it leaves:
+
+        with CacheWriter(.., helps=number > 0) as writer:
+            writer.take(some of the first one's writer.missing)
+            ...
+            writer.accept(of every process writer.written)
+
     Args:
         folder: where the cache lies; made if need be.
         layout: content, shape and number format of a row.
@@ -49,6 +57,7 @@ class CacheWriter:
         shard_bytes: size of a shard's rows; the last shard may be smaller.
         bias: floats (layers, heads or 1, tokens, tokens) that the teacher adds to its logits, stored once,
             as float32; None where it adds none. Maps hold its effect already.
+        helps: whether another process has the lock and writes the manifest; `take` says what is left to do.
 
     Raises:
         StudyError: the bias is not finite; or on entering, when another process writes this cache or
@@ -65,6 +74,7 @@ class CacheWriter:
         keys: np.ndarray[Any, np.dtype[np.int64]],
         shard_bytes: int = SHARD_BYTES,
         bias: torch.Tensor | None = None,
+        helps: bool = False,
     ) -> None:
         if keys.ndim != 2 or keys.shape[1] != 2 or keys.dtype != np.int64:
             raise ValueError(f"keys are int64 of shape (rows, 2), not {keys.dtype} of shape {keys.shape}")
@@ -83,11 +93,16 @@ class CacheWriter:
         ]
         self._digests: dict[int, str] = {}  # of the checksums of each shard on disk
         self._missing: list[int] = []  # shards still to be written, in order
+        self._helps = helps
+        self._left_to_others: list[int] = []
+        self._written: list[int] = []
         self._buffer = np.empty((0, layout.units, layout.unit_bytes), np.uint8)
         self._filled = 0  # rows in the buffer, the first ones of shard self._missing[0]
         self._lock = filelock.FileLock(folder.with_name(f".{folder.name}.lock"), timeout=0)
 
     def __enter__(self) -> Self:
+        if self._helps:
+            return self
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
@@ -110,11 +125,31 @@ class CacheWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
+            if kind is None and not self._helps:
                 self._finish()
         finally:
             self._buffer = self._buffer[:0]
             self._lock.release()
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are not on disk."""
+        return list(self._missing)
+
+    def take(self, shards: Sequence[int]) -> None:
+        """Leaves all missing shards but these to others; in rising order."""
+        self._left_to_others = [index for index in self._missing if index not in shards]
+        self._missing = list(shards)
+
+    @property
+    def written(self) -> dict[int, str]:
+        """Digests of the shards that this process has written, by number."""
+        return {index: self._digests[index] for index in self._written}
+
+    def accept(self, written: Mapping[int, str]) -> None:
+        """Counts shards that another process has written."""
+        self._digests |= written
+        self._left_to_others = [index for index in self._left_to_others if index not in written]
 
     def pending(self) -> Iterator[slice]:
         """The slices of `keys` that are not on disk, one a shard, in the order that `write` wants."""
@@ -182,6 +217,7 @@ class CacheWriter:
             path, self._buffer, layout=self.layout, fingerprint=self._shard_fingerprint(index)
         )
         self._digests[index] = digest(found)
+        self._written.append(index)
         del self._missing[0]
         self._filled = 0
 
@@ -221,8 +257,8 @@ class CacheWriter:
             raise _unwritable(self.folder, error) from error
 
     def _finish(self) -> None:
-        if self._missing:
-            rows = sum(map(self._size, self._missing))
+        if missing := [*self._missing, *self._left_to_others]:
+            rows = sum(map(self._size, missing))
             raise StudyError(
                 f"{rows} of {len(self.keys)} rows are not on disk",
                 where=str(self.folder),
