@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from attention_transfer.assembly import Parts
+from attention_transfer.data.images import ImageSet
 from attention_transfer.evaluation import representation
 from attention_transfer.evaluation.predictions import predict_all
 from attention_transfer.files import sha256
@@ -25,11 +26,10 @@ def main(this: Stage) -> None:
     def work() -> dict[str, Any]:
         model, labelled = parts.teacher(name), parts.split("labelled")
         validation, _ = parts.evaluated("validation")
-        known = (
-            features(parts, model, parts.train.images[labelled]),
-            torch.from_numpy(parts.train.labels[labelled]),
+        known, asked = (
+            (features(parts, model, images), torch.from_numpy(images.labels))
+            for images in (parts.train.take(labelled), validation)
         )
-        asked = features(parts, model, validation.images), torch.from_numpy(validation.labels)
         return {
             "knn_accuracy": representation.knn_accuracy(
                 *known, *asked, k=min(NEIGHBOURS, len(labelled)), temperature=TEMPERATURE
@@ -55,16 +55,16 @@ def main(this: Stage) -> None:
     )
 
 
-def features(parts: Parts, model: Any, pixels: np.ndarray) -> Tensor:
+def features(parts: Parts, model: Any, images: ImageSet) -> Tensor:
     """Mean of the patch tokens behind the last block, as students pool them: float32 (images, width)."""
-    clean = parts.clean(pixels)
+    clean = parts.clean(images.images)
 
     def pooled(rows: np.ndarray) -> Tensor:
         with torch.autocast(parts.device.type, torch.bfloat16, enabled=parts.bfloat16):
             tokens: Tensor = model.forward_features(clean(rows))
         return tokens[:, model.num_prefix_tokens :].float().mean(dim=1)
 
-    return predict_all(pooled, len(pixels))
+    return predict_all(pooled, len(images))
 
 
 if __name__ == "__main__":

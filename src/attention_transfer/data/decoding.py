@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import io
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ Picture = Entry | np.ndarray
 
 
 def render(
-    pictures: list[Picture], shape: Shape, recipe: ViewRecipe | None, examples: np.ndarray, view: int
+    pictures: Sequence[Picture], shape: Shape, recipe: ViewRecipe | None, examples: np.ndarray, view: int
 ) -> np.ndarray:
     """Views, or clean images, one after another.
 

@@ -65,7 +65,7 @@ class FilePixels:
     def save(self, path: Path) -> None:
         """Writes the index of the whole split."""
         with atomic(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **self.arrays())
+            np.savez(file, allow_pickle=False, **self.arrays())
 
     @classmethod
     def load(cls, path: Path) -> FilePixels:

@@ -180,13 +180,12 @@ def index(
         )
     numbers = {name: number for number, name in enumerate(classes)}
     found.sort(key=lambda entry: (numbers[class_of(entry[0])], entry[0]))
-    names, offsets, sizes = ([entry[part] for entry in found] for part in range(3))
     files = ImageFiles(
         root,
-        list(names),
-        np.array(offsets, np.int64),
-        np.array(sizes, np.int64),
-        np.zeros(len(names), np.uint64),
+        [name for name, _, _ in found],
+        np.array([offset for _, offset, _ in found], np.int64),
+        np.array([size for _, _, size in found], np.int64),
+        np.zeros(len(found), np.uint64),
     )
     labels = np.array([numbers[class_of(name)] for name in files.names], np.int64)
     with ThreadPoolExecutor(READERS) as readers:

@@ -47,7 +47,7 @@ class Published:
     def save(self, path: Path) -> None:
         """Writes an index; the images stay where they are."""
         with atomic(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, labels=self.labels, groups=self.groups, **self.pixels.arrays())
+            np.savez(file, allow_pickle=False, **self.pixels.arrays(), labels=self.labels, groups=self.groups)
 
     @classmethod
     def load(cls, path: Path) -> Published:

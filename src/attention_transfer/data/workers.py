@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -41,7 +42,7 @@ def count() -> int:
 
 
 def render(
-    pictures: list[Picture], shape: Shape, recipe: ViewRecipe | None, examples: np.ndarray, view: int
+    pictures: Sequence[Picture], shape: Shape, recipe: ViewRecipe | None, examples: np.ndarray, view: int
 ) -> Tensor:
     """`decoding.render`, shared among the processes: uint8 (count, channels, size, size).
 
@@ -65,7 +66,7 @@ def render(
 
 
 def _render(
-    pictures: list[Picture], shape: Shape, recipe: ViewRecipe | None, examples: np.ndarray, view: int
+    pictures: Sequence[Picture], shape: Shape, recipe: ViewRecipe | None, examples: np.ndarray, view: int
 ) -> Tensor:
     # A tensor travels by shared memory, an array through a pipe.
     return torch.from_numpy(decoding.render(pictures, shape, recipe, examples, view)).share_memory_()

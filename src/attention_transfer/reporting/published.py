@@ -78,21 +78,23 @@ def table(records: Records, report: Report) -> Table | None:
 def _accuracy(records: Records, name: str, given: PublishedSet, run: str) -> np.ndarray | None:
     """One value a seed, over corruptions and severities where there are any; None where a part is missing."""
     parts = [_of(records, run, condition) for condition in _conditions(records, name, given)]
-    return None if any(part is None for part in parts) else np.mean(parts, axis=0)
+    found = [part for part in parts if part is not None]
+    return np.asarray(np.mean(found, axis=0)) if len(found) == len(parts) else None
 
 
 def _corruption_error(records: Records, name: str, given: PublishedSet, run: str) -> np.ndarray | None:
     """Mean over corruptions of error over AlexNet's, one value a seed; None for others than ImageNet-C's."""
     if not given.corruptions or not set(given.corruptions) <= set(ALEXNET_ERRORS):
         return None
+    levels = records.study.evaluation.severities
     errors = []
     for corruption in given.corruptions:
-        found = [
-            _of(records, run, (f"{name}/{corruption}", level))
-            for level in records.study.evaluation.severities
-        ]
-        errors.append((1 - np.mean(found, axis=0)) / ALEXNET_ERRORS[corruption])
-    return np.mean(errors, axis=0)
+        found = [_of(records, run, (f"{name}/{corruption}", level)) for level in levels]
+        accuracy = np.mean(
+            [part for part in found if part is not None], axis=0
+        )  # whoever asks knows that all are there
+        errors.append((1 - accuracy) / ALEXNET_ERRORS[corruption])
+    return np.asarray(np.mean(errors, axis=0))
 
 
 def _conditions(records: Records, name: str, given: PublishedSet) -> list[tuple[str, int]]:
