@@ -180,6 +180,8 @@ if __name__ == "__main__":
     for path, text in files().items():
         path.parent.mkdir(parents=True, exist_ok=True)
         for link in (path, path.with_name("params.yaml")):
-            if link.is_symlink():  # of a study that was made when these were links: to ./dvc.yaml, which stays
+            if (
+                link.is_symlink()
+            ):  # of a study that was made when these were links: to ./dvc.yaml, which stays
                 link.unlink()
         path.write_text(text, encoding="utf-8")
