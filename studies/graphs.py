@@ -179,7 +179,8 @@ def _where(file: Path, study: Study, name: str, experiment: Study) -> str:
 if __name__ == "__main__":
     for path, text in files().items():
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Of a study that was made when these were links: to ./dvc.yaml, which stays as it is.
         for link in (path, path.with_name("params.yaml")):
-            if link.is_symlink():  # of a study that was made when these were links: to ./dvc.yaml, which stays
+            if link.is_symlink():
                 link.unlink()
         path.write_text(text, encoding="utf-8")

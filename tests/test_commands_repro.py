@@ -252,6 +252,13 @@ def test_one_at_a_time_a_teacher_still_goes_alone() -> None:
     assert queue.take(0) == ["pretrain@a"]
 
 
+def test_short_stages_that_have_all_cores_share_a_start_of_dvc() -> None:
+    waiting = {"probe@a": set[str](), "maps": set(), "probe@b": set(), "probe@c": {"pretrain@c"}}
+    queue = Queue(waiting, jobs=2, cores=2)
+    assert queue.take(0) == ["probe@a", "probe@b"]
+    assert queue.take(0) == ["maps"]
+
+
 def test_predictions_come_right_behind_their_student() -> None:
     waiting: dict[str, set[str]] = {}
     for number in range(4):

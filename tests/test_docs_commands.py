@@ -5,6 +5,7 @@ In order of the pages, each on what the one before it has left.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -145,6 +146,22 @@ def test_the_prepared_study_is_one_that_dvc_takes_for_run(copy: Copy) -> None:
 
 
 @pytest.mark.slow
+def test_dvc_shows_the_study_and_its_commits(copy: Copy) -> None:
+    """A committed revision too, whose files DVC reads as git keeps them."""
+    revisions = json.loads(copy.run("dvc exp show --json"))
+    assert [revision.get("error") for revision in revisions] == [None, None]
+    plots = json.loads(copy.run("dvc plots show --json"))
+    assert not plots.get("errors")
+    assert {"accuracy, core", "accuracy, smoke", "reports/smoke/figures/main.png"} <= plots["data"].keys()
+    rows = copy.run("dvc metrics show").splitlines()
+    assert [row.split()[0] for row in rows if row.startswith("metrics/")] == [
+        "metrics/core/evaluate/metrics.json",
+        "metrics/smoke/evaluate/metrics.json",
+    ]
+    assert "test_accuracy.distill" in rows[0]
+
+
+@pytest.mark.slow
 def test_the_teacher_of_the_tutorial_is_saved(copy: Copy) -> None:
     text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
     [block] = re.findall(r"(?ms)^```python\n(.*?)^```$", text)
@@ -181,24 +198,6 @@ def test_a_command_that_a_page_shows_runs(command: str, copy: Copy) -> None:
 
 
 @pytest.mark.slow
-def test_dvc_shows_the_study_and_its_commits(copy: Copy) -> None:
-    """A committed revision too, whose files DVC reads as git keeps them."""
-    import json
-
-    revisions = json.loads(copy.run("dvc exp show --json"))
-    assert [revision.get("error") for revision in revisions] == [None, None]
-    plots = json.loads(copy.run("dvc plots show --json"))
-    assert not plots.get("errors")
-    assert {"accuracy, core", "accuracy, smoke", "reports/smoke/figures/main.png"} <= plots["data"].keys()
-    rows = copy.run("dvc metrics show").splitlines()
-    assert [row.split()[0] for row in rows if row.startswith("metrics/")] == [
-        "metrics/core/evaluate/metrics.json",
-        "metrics/smoke/evaluate/metrics.json",
-    ]
-    assert "test_accuracy.distill" in rows[0]
-
-
-@pytest.mark.slow
 def test_results_reach_another_machine(copy: Copy, tmp_path: Path) -> None:
     """docs/storage.md, step by step, with a folder that both see."""
     steps = commands(ROOT / "docs" / "storage.md")
@@ -206,7 +205,7 @@ def test_results_reach_another_machine(copy: Copy, tmp_path: Path) -> None:
     copy.run(added.replace("/mnt/share", str(tmp_path)))
     for begin in ("git commit", "dvc push", "git add"):
         copy.run(next(step for step in steps if step.startswith(begin)))
-    # The smoke study's records are left out of git: here they are what the other machine gets.
+    # The smoke study's records are left out of git: here they are what the other machine gets, params included.
     copy.run("git add --all --force metrics/smoke reports/smoke presets")
     copy.run('git commit --message "Smoke study"')
     copy.run(f"git clone --quiet . {tmp_path / 'clone'}")

@@ -24,6 +24,7 @@ from attention_transfer.machine_file import Machine
 THREADS = "ATTENTION_TRANSFER_THREADS"  # see training/machine.py, which takes torch with it
 OF_STUDENTS = ("resolve", "train", "predict")  # stages that a study has by the hundred
 SHARED_OUT = ("pretrain", "cache", "train", "predict")  # stages that several processes do together
+LONG = ("pretrain", "cache")  # stages that have all cores for long, and for whose end students wait
 OMP = "OMP_NUM_THREADS"
 GPUS = "CUDA_VISIBLE_DEVICES"
 LARGEST_BATCH = 16  # stages that one DVC is given; starting it takes as long as a short stage
@@ -84,10 +85,17 @@ class Queue:
         )
         if (first := next(fitting, None)) is None:
             return []
-        batch = self._students() if family(first) in OF_STUDENTS else [first]
+        batch = self._students() if family(first) in OF_STUDENTS else self._alike(first)
         for stage in batch:
             del self.waiting[stage]
         return batch
+
+    def _alike(self, first: str) -> list[str]:
+        """A stage that has all cores, with others of its family that are ready, unless they take long."""
+        if family(first) in LONG:
+            return [first]
+        ready = [stage for stage, before in self.waiting.items() if not before]
+        return [stage for stage in ready if family(stage) == family(first)][:LARGEST_BATCH]
 
     def _students(self) -> list[str]:
         """Stages of students that are ready, or will be once those before them in the batch are done."""
