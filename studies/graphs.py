@@ -111,8 +111,14 @@ def _by_file(asked: list[str], own_sections: tuple[str, ...]) -> dict[str, list[
 
 
 def of_teachers(stage: str, block: str, study: Study) -> str:
-    """The stage with the teachers that it uses in place of all, and without fine-tuned ones where no run has any."""
+    """The stage with the teachers that it uses in place of all, and without fine-tuned ones where no run has any.
+
+    `resolve` waits for its run's own teacher alone, so that students of one teacher are trained before the next is
+    made; but not where a run has an `initial` too, a key that DVC cannot look up in runs without it.
+    """
     used = (study.tutors if stage == "finetuned" else study).transferred_from
+    if stage == "resolve" and not any(run.initial for run in study.runs.values()):
+        used = (graph_file.OWN_TEACHER,)
     for pattern, names in (
         (r"(?m)^( +- runs/\S+?/teachers)\n", [f"/{name}" for name in used]),
         (r"(?m)^( +- runs/\S+?/finetuned)\n", [""] if study.has_logit_losses else []),

@@ -11,6 +11,8 @@ from attention_transfer import lock_file
 from attention_transfer.config import Study
 from attention_transfer.errors import StudyError
 
+OWN_TEACHER = "${item.teacher}"
+"""In a graph: the teacher of the run that a stage is for."""
 _REMEDY = "run: python studies/graphs.py"
 _VARS = "vars:\n  - where.yaml\n"
 
@@ -50,7 +52,10 @@ def check(study: Study) -> None:
     if any(dep.endswith("/teachers") for dep in deps):
         return  # all of them
     named = {dep.rpartition("/")[2] for dep in deps if "/teachers/" in dep}
-    if missing := [name for name in study.transferred_from if name not in named]:
+    needed = study.transferred_from
+    if OWN_TEACHER in named:
+        needed = tuple(run.initial for run in study.runs.values() if run.initial)
+    if missing := [name for name in needed if name not in named]:
         raise StudyError(
             f"does not wait for {missing[0]}, which a run uses", where=str(graph), remedy=_REMEDY
         )
