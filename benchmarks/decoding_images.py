@@ -4,8 +4,8 @@
 
 Generated JPEGs of ImageNet's usual size, 500 x 375, in the page cache. All sides work in the same processes, as many
 as there are cores: `decoder`, Pillow's decoding and nothing else; `views`, decoding, cropping and resizing (and
-RandAugment where the study has it), with nothing sent anywhere; `loader`, the views of `data/rendering.py`, sent, joined
-and normalised, as training reads them: one batch is rendered while the one before is taken.
+RandAugment where the study has it), with nothing sent anywhere; `loader`, the views of `data/rendering.py`, sent,
+joined and normalised, as training reads them: one batch is rendered while the one before is taken.
 """
 
 from __future__ import annotations
