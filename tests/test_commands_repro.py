@@ -354,6 +354,7 @@ def test_each_of_several_dvcs_has_gpus_of_its_own() -> None:
         Machine(processes=8), 1, ["train@a-0"], 4, devices
     )  # the launcher refuses
     assert GPUS not in surroundings(Machine(), 1, ["train@a-0"], 4, [])
+    assert surroundings(Machine(launcher="slurm"), 1, ["train@a-0"], 4, devices) == {}
 
 
 def test_the_processes_of_a_stage_share_its_threads() -> None:

@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "stop_signals": (),
     "machine_file": ("errors",),
     "launching": ("errors", "machine_file"),
+    "cluster": ("errors", "machine_file", "stop_signals"),
     "processes": (),
     "draws": (),
     "lock_file": ("errors", "files"),
@@ -117,6 +118,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "transfer",
     ),
     "stage": (
+        "cluster",
         "config",
         "errors",
         "files",

@@ -33,9 +33,11 @@ def test_what_is_empty_says_nothing(text: str, folder: Path) -> None:
 def test_the_file_is_read_and_the_environment_wins(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / FILE).write_text(
         "device: cuda\nprocesses: 8\nmicro_batch: 64\ncompile: true\ncheckpointing: true\n"
+        "launcher: slurm\nslurm:\n  slurm_partition: gpu\n"
     )
     assert settings().choices() == {
         "device": "cuda", "processes": 8, "micro_batch": 64, "compile": True, "checkpointing": True,
+        "launcher": "slurm", "slurm": {"slurm_partition": "gpu"},
     }  # fmt: skip
     for name, text in {"processes": "2", "compile": "false", "threads": "3"}.items():
         monkeypatch.setenv(PREFIX + name.upper(), text)
@@ -64,6 +66,8 @@ def test_the_file_of_the_repository_counts_where_dvc_works_in_a_copy(
         ("processes: true", "True is not a number of processes", f"{FILE}: processes"),
         ("micro_batch: -4", "-4 is not a number of images in a pass", f"{FILE}: micro_batch"),
         ("compile: 1", "1 is neither true nor false", f"{FILE}: compile"),
+        ("launcher: [slurm]", "is no launcher", f"{FILE}: launcher"),
+        ("slurm: gpu", "'gpu' are no keys and values", f"{FILE}: slurm"),
         ("- processes", "holds no keys", FILE),
         ("processes: [", "cannot be read", FILE),
     ],

@@ -7,9 +7,10 @@ rounding. docs/scale.md explains the values.
 from __future__ import annotations
 
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -29,6 +30,8 @@ class Machine:
         device: cpu, cuda, mps; None for a GPU if there is one, else the CPU.
         threads: of each process; None for PyTorch's own choice, divided among the processes.
         processes: on a stage; with GPUs one for each.
+        launcher: `local`: here; `slurm`: as a job of the cluster.
+        slurm: what the job asks for, in submitit's words: slurm_partition, timeout_min ..
         micro_batch: images in a pass of one process; a step takes as many passes as it needs. None: all at once.
         compile: whether torch.compile makes the student's code.
         checkpointing: whether the backward pass computes activations again instead of keeping them.
@@ -37,21 +40,28 @@ class Machine:
     device: str | None = None
     threads: int | None = None
     processes: int = 1
+    launcher: Literal["local", "slurm"] = "local"
+    slurm: Mapping[str, Any] = field(default_factory=dict)
     micro_batch: int | None = None
     compile: bool = False
     checkpointing: bool = False
 
     def choices(self) -> dict[str, Any]:
         """What differs from the defaults, for a stage's record."""
-        return {name: value for name, value in asdict(self).items() if value != getattr(Machine, name)}
+        return {name: value for name, value in asdict(self).items() if value != getattr(Machine(), name)}
 
 
 _KINDS = get_type_hints(Machine)
 
 
+def root() -> Path:
+    """Of the repository, also where DVC works in a copy of it."""
+    return Path(os.environ.get("DVC_ROOT", "."))
+
+
 def path() -> Path:
-    """Of machine.yaml, at the repository's root, also where DVC works in a copy of it."""
-    return Path(os.environ.get("DVC_ROOT", ".")) / FILE
+    """Of machine.yaml."""
+    return root() / FILE
 
 
 def where(name: str) -> str:
@@ -70,7 +80,7 @@ def settings() -> Machine:
     values = _from_file(path())
     for name in _KINDS:
         variable = PREFIX + name.upper()
-        if text := os.environ.get(variable):
+        if name != "slurm" and (text := os.environ.get(variable)):
             values[name] = _checked(name, text, where=f"environment variable {variable}")
     return Machine(**values)
 
@@ -106,6 +116,18 @@ def _from_file(file: Path) -> dict[str, Any]:
 def _checked(name: str, value: Any, *, where: str) -> Any:
     """The value in its type; words of the environment are read as such."""
     kind = _KINDS[name]
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise StudyError(
+                f"{value!r} is no {name}", where=where, remedy=f"choose among {', '.join(get_args(kind))}"
+            )
+        return value
+    if name == "slurm":
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise StudyError(
+                f"{value!r} are no keys and values", where=where, remedy="write one `key: value` a line"
+            )
+        return value
     if kind is bool:
         found = {"true": True, "false": False}.get(str(value).lower())
         if found is None:

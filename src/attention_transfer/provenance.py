@@ -21,6 +21,7 @@ NEUTRAL = frozenset(
     PACKAGE / name
     for name in (
         "__init__.py",
+        "cluster.py",
         "config.py",
         "config_errors.py",
         "config_runs.py",
@@ -36,6 +37,7 @@ NEUTRAL = frozenset(
         "provenance.py",
         "run_record.py",
         "stage.py",
+        "stop_signals.py",
     )
 )
 

@@ -23,7 +23,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from attention_transfer import config, launching, lock_file, machine_file, provenance, run_record, tracking
+from attention_transfer import (
+    cluster,
+    config,
+    launching,
+    lock_file,
+    machine_file,
+    provenance,
+    run_record,
+    tracking,
+)
 from attention_transfer.errors import StudyError
 from attention_transfer.files import fingerprint, write_json, write_text
 from attention_transfer.layout import Layout
@@ -262,8 +271,14 @@ def run_script(
             lock_file.keep(study.name)
             lock_file.forget_checkpoints(study.name)
             machine = machine_file.settings()
+            command = [sys.executable, *sys.argv]
+            if machine.launcher == "slurm" and why_alone is not not_shared_out:
+                label = "-".join([name, *map(str, given.values())])
+                sys.exit(
+                    cluster.run(machine, command, label=label, folder=machine_file.root() / ".slurm" / label)
+                )
             if launching.is_wanted(machine) and not (alone := why_alone(study, given)):
-                sys.exit(launching.launch(machine, [sys.executable, *sys.argv]))
+                sys.exit(launching.launch(machine, command))
         work(Stage(name, given, study, path, Path(script), Layout.of(study), alone=alone))
     except StudyError as error:
         _end(f"error: {error}")
@@ -312,11 +327,11 @@ def _known(given: dict[str, Any], study: config.Study, path: Path) -> None:
 
 
 def _die_with_parent() -> None:
-    """On Linux, a stage ends when the `dvc` or launcher that started it is killed: no orphan goes on writing.
+    """On Linux, a stage ends when the `dvc`, launcher or job that started it is killed: no orphan goes on writing.
 
     DVC must be its parent, not a shell that DVC started: so commands in dvc.yaml begin with `exec`.
     """
-    if sys.platform == "linux" and ("DVC_STAGE" in os.environ or launching.is_launched()):
+    if sys.platform == "linux" and ("DVC_STAGE" in os.environ or launching.is_launched() or cluster.is_job()):
         import ctypes
 
         parent = os.getppid()

@@ -283,6 +283,8 @@ def surroundings(
         threads: of all its processes together.
         devices: all GPUs of the machine.
     """
+    if machine.launcher == "slurm":
+        return {}  # the job is on another machine
     together = machine.processes if all(family(stage) in SHARED_OUT for stage in stages) else 1
     each = str(machine.threads or max(1, threads // together))
     # What torch's libraries read when they are loaded decides on last bits too, as much as its own setting.
