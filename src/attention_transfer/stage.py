@@ -300,6 +300,9 @@ def run_script(
 def _end(message: str) -> NoReturn:
     """Ends the process; of several, the launcher prints the message of the one that failed first."""
     if launching.is_launched():
+        signal.signal(
+            signal.SIGTERM, signal.SIG_IGN
+        )  # with which the launcher ends the others: this one is ending
         launching.leave_word(message)
         sys.exit(1)
     sys.exit(message)
