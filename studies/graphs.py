@@ -3,8 +3,8 @@
     python studies/graphs.py
 
 In dvc.yaml each stage lists the library files that its script imports, directly or not. studies/<study>/dvc.yaml is
-a copy of it with the study's params; that of a study with experiments names the teachers that its own runs use, so
-that they wait for no other. studies/<study>/<experiment>/ is written for each experiment that the study names:
+a copy of it with the study's params; studies/full/dvc.yaml names the teachers that its own runs use, so that they wait
+for no other. studies/<study>/<experiment>/ is written for each experiment that the study names:
 dvc.yaml has those stages that an experiment has for itself, where.yaml its paths.
 Run it after imports, stages, experiments or their teachers have changed; `check` and a test tell when.
 """
@@ -138,9 +138,9 @@ def files() -> dict[Path, str]:
         study = config.load(file)
         folder = ROOT / "studies" / study.name
         if folder.is_dir():
+            named = _names_its_teachers(folder / "dvc.yaml")
             own = "".join(
-                of_teachers(name, block, study) if study.experiments else block
-                for name, block in whole.items()
+                of_teachers(name, block, study) if named else block for name, block in whole.items()
             )
             found[folder / "dvc.yaml"] = graph_file.of_study(own, folder, file)
         for name, experiment in config.experiments(file).items():
@@ -150,6 +150,17 @@ def files() -> dict[Path, str]:
             )
             found[folder / name / "where.yaml"] = _where(file.relative_to(ROOT), study, name, experiment)
     return found
+
+
+def _names_its_teachers(graph: Path) -> bool:
+    """Whether a study's graph waits for single teachers: it goes on so, and another does not begin to by itself.
+
+    It has to be written anew when a run takes another teacher; and to narrow it would make its stages stale.
+    """
+    return (
+        graph.exists()
+        and re.search(r"(?m)^ +- runs/\S+/teachers/", graph.read_text(encoding="utf-8")) is not None
+    )
 
 
 def _experiment(whole: dict[str, str], experiment: Study) -> str:
