@@ -159,7 +159,7 @@ def _names_its_teachers(graph: Path) -> bool:
     """
     return (
         graph.exists()
-        and re.search(r"(?m)^ +- runs/\S+/teachers/", graph.read_text(encoding="utf-8")) is not None
+        and re.search(r"/teachers/(?!\$\{key\})", graph.read_text(encoding="utf-8")) is not None
     )
 
 
