@@ -103,7 +103,7 @@ def load(render: rendering.Render, batches: np.ndarray) -> None:
 
 def main() -> None:
     options = measure.arguments(__doc__)
-    count, batch, repeats = (32, 16, 1) if options.quick else (512, 128, 7)
+    count, batch, repeats = (8, 4, 1) if options.quick else (512, 128, 7)
     torch.set_num_threads(1)
     results = []
     with tempfile.TemporaryDirectory() as temporary:

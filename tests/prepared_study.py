@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 PRESET = Path("presets/smoke.yaml")
 GRAPH = "studies/smoke/dvc.yaml"
 LARGEST = ("studies/full/", "presets/full", "studies/tune/", "presets/tune", "metrics/full", "reports/full")
+NEVER_RUN = ("studies/imagenet1k/",)  # of which DVC says in front of all else that it has no results
 
 
 def copy(folder: Path) -> None:
@@ -31,7 +32,7 @@ def copy(folder: Path) -> None:
     )
     for name in listed.stdout.decode().split("\0"):
         source, target = ROOT / name, folder / name
-        if name and source.is_file() and not name.startswith(LARGEST):
+        if name and source.is_file() and not name.startswith((*LARGEST, *NEVER_RUN)):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target)
     (folder / "studies" / "smoke" / "dvc.lock").unlink()
