@@ -95,7 +95,7 @@ def make(folder: Path, command: str) -> str:
 def shorten(folder: Path) -> None:
     """Seconds in place of minutes: the numbers then mean nothing."""
     values: dict[str, Any] = yaml.safe_load((folder / PRESET).read_text(encoding="utf-8"))
-    values |= {"seeds": [0], "ensembles": {}}
+    values |= {"seeds": [0, 1]}
     values["data"] |= {"labelled": 30, "validation": 24}
     values["views"]["per_image"] = 2
     values["training"] |= {"curve_images": 24, "validate_every": 2}
