@@ -117,9 +117,12 @@ def test_the_whole_way(folder: Path) -> None:
     assert [command.split()[3] if "python" in command else "make" for command in said] == [
         *("check", "plan", "make", "report", "export")
     ]
-    report = (folder / "reports/flowers/report.md").read_text(encoding="utf-8")
-    assert "Training from scratch gets" in report
-    answers = ("the teacher’s attention alone recovers", "that gap is not shown to differ from zero")
+    report = " ".join((folder / "reports/flowers/report.md").read_text(encoding="utf-8").split())
+    assert "Of the test images, training from scratch gets" in report
+    answers = (
+        "Where the teacher looks, copied at every pass, is worth",
+        "fine-tuning is not shown to differ from training from scratch",
+    )
     assert any(answer in report for answer in answers), report[:3000]
     assert "| distill " in said["make study STUDY=flowers"]
     model = timm.create_model(f"local-dir:{folder}/exports/flowers/distill-0", pretrained=True).eval()
