@@ -49,12 +49,6 @@ class Published:
         with atomic(path) as temporary, temporary.open("wb") as file:
             np.savez(file, allow_pickle=False, **self.pixels.arrays(), labels=self.labels, groups=self.groups)
 
-    @classmethod
-    def load(cls, path: Path) -> Published:
-        """What `save` wrote; whoever reads it has checked the file."""
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return cls(FilePixels.of(arrays), arrays["labels"], arrays["groups"])
-
 
 def wanted(evaluation: Evaluation) -> dict[str, dict[str, Any]]:
     """By set name what each is found by; a folder of corruptions is as many sets as it has severities."""
