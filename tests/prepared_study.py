@@ -3,7 +3,7 @@
 Each stage is a fork of one process that has imported torch and the rest already; DVC is told afterwards. That takes a
 fraction of the time that DVC takes to run the same stages, which tests/test_study.py does.
 
-python tests/prepared_study.py    in a copy of the repository: runs presets/smoke.yaml
+python tests/prepared_study.py [PRESET]    in a copy of the repository: runs presets/smoke.yaml, or another study
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 PRESET = Path("presets/smoke.yaml")
-GRAPH = "studies/smoke/dvc.yaml"
+GRAPH = "studies/smoke/dvc.yaml"  # of that preset
 LARGEST = ("studies/full/", "presets/full", "studies/tune/", "presets/tune", "metrics/full", "reports/full")
 NEVER_RUN = ("studies/imagenet1k/",)  # of which DVC says in front of all else that it has no results
 
@@ -56,9 +56,9 @@ def shrink(preset: Path) -> None:
     preset.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
-def stages() -> list[tuple[str, str, dict[str, str]]]:
+def stages(preset: Path) -> list[tuple[str, str, dict[str, str]]]:
     """Script, name in DVC, and arguments of each stage, in an order in which they can run."""
-    values = yaml.safe_load(PRESET.read_text(encoding="utf-8"))
+    values = yaml.safe_load(preset.read_text(encoding="utf-8"))
     grid = [(run, str(seed)) for run in values["runs"] for seed in values["seeds"]]
     found: list[tuple[str, str, dict[str, str]]] = [("data", "data", {}), ("split", "split", {})]
     for script in ("pretrain", "probe", "cache"):
@@ -70,7 +70,7 @@ def stages() -> list[tuple[str, str, dict[str, str]]]:
     return found + [(script, script, {}) for script in ("evaluate", "similarity", "maps", "report")]
 
 
-def run(script: str, name: str, arguments: dict[str, str]) -> None:
+def run(preset: Path, script: str, name: str, arguments: dict[str, str]) -> None:
     """One stage in a fork."""
     child = os.fork()
     if child:
@@ -78,9 +78,9 @@ def run(script: str, name: str, arguments: dict[str, str]) -> None:
         if status:
             sys.exit(f"{name} failed")
         return
-    os.environ["DVC_STAGE"] = f"{GRAPH}:{name}"
+    os.environ["DVC_STAGE"] = f"{graph(preset)}:{name}"
     options = [part for key, value in arguments.items() for part in (f"--{key}", value)]
-    sys.argv = [f"pipeline/{script}.py", "--params", str(PRESET), *options]
+    sys.argv = [f"pipeline/{script}.py", "--params", str(preset), *options]
     code = 1
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
@@ -92,14 +92,18 @@ def run(script: str, name: str, arguments: dict[str, str]) -> None:
         os._exit(code)
 
 
-def main() -> None:
+def graph(preset: Path) -> str:
+    return f"studies/{preset.stem}/dvc.yaml"
+
+
+def main(preset: Path) -> None:
     """Runs all stages, and writes DVC's lock file."""
     for module in ("attention_transfer.stage", "torch", "timm", "pandas", "matplotlib.figure", "altair"):
         __import__(module)
-    for stage in stages():
-        run(*stage)
-    subprocess.run([sys.executable, "-m", "dvc", "commit", "--quiet", "--force", GRAPH], check=True)
+    for stage in stages(preset):
+        run(preset, *stage)
+    subprocess.run([sys.executable, "-m", "dvc", "commit", "--quiet", "--force", graph(preset)], check=True)
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]) if sys.argv[1:] else PRESET)

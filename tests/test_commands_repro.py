@@ -30,7 +30,7 @@ from attention_transfer.commands.repro import (
 from attention_transfer.errors import StudyError
 from attention_transfer.machine_file import Machine
 
-WIDE = 6
+WIDE = 4
 WORK = """
 import json, os, pathlib, sys, time
 began = time.time()
@@ -47,7 +47,7 @@ pathlib.Path(name).write_text(text + name)
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """source -> first -> six times train -> last; the last one is in a graph of its own."""
+    """source -> first -> four times train -> last; the last one is in a graph of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv(THREADS, raising=False)
     subprocess.run([sys.executable, "-m", "dvc", "init", "--no-scm", "--quiet"], check=True)

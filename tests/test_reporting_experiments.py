@@ -246,6 +246,23 @@ def test_the_page_says_which_experiments_have_not_been_run(
         page.build(more, metrics, artifacts, tmp_path / "report", experiments=studies)
 
 
+def test_a_teacher_that_was_not_probed_is_named(
+    written: tuple[Study, Path, Path, dict[str, Study]], tmp_path: Path
+) -> None:
+    """An experiment's graph does without `probe`, so that its teachers may lack the record."""
+    study, metrics, artifacts, studies = written
+    more = study.model_copy(
+        update={"teachers": study.teachers | {"dino": next(iter(study.teachers.values()))}}
+    )
+    runs = studies["qkv"].runs | {
+        "copy_query": studies["qkv"].runs["copy_query"].model_copy(update={"teacher": "dino"})
+    }
+    ran = studies | {"qkv": studies["qkv"].model_copy(update={"runs": runs, "teachers": more.teachers})}
+    page.build(more, metrics, artifacts, tmp_path / "report", experiments=ran)
+    assert "The stage probe has not been run for dino." in (tmp_path / "report" / "report.md").read_text()
+    assert "dino" not in (tmp_path / "report" / "tables" / "teachers.csv").read_text()
+
+
 def test_a_missing_row_of_an_experiment_is_named(written: tuple[Study, Path, Path, dict[str, Study]]) -> None:
     _, metrics, _, studies = written
     more = {"qkv": studies["qkv"].model_copy(update={"seeds": (0, 1, 2)})}

@@ -77,6 +77,12 @@ def as_far_as_run(study: Study, experiments: Mapping[str, Study], metrics: Path)
     return study.model_copy(update={"teachers": kept})
 
 
+def of_experiments_alone(study: Study, experiments: Mapping[str, Study]) -> set[str]:
+    """Teachers of experiments' runs and of none of the study's own: an experiment's graph does without their probes."""
+    used = {name for each in experiments.values() for name in each.transferred_from}
+    return used - {*study.transferred_from}
+
+
 def load(studies: Mapping[str, Study], metrics: Path) -> list[Experiment]:
     """Reads what `evaluate` has found of each.
 

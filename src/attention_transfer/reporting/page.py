@@ -97,7 +97,11 @@ def build(
         )
     experiments = experiments or {}
     ready = experiment_records.have_run(experiments, metrics)
-    records = load(experiment_records.as_far_as_run(study, experiments, metrics), metrics)
+    records = load(
+        experiment_records.as_far_as_run(study, experiments, metrics),
+        metrics,
+        maybe_unprobed=experiment_records.of_experiments_alone(study, ready),
+    )
     judged, untested = claims.judge(records, report)
     more = experiment_records.load(ready, metrics)
     found, reasons = claims.of_experiments(records, more, report)

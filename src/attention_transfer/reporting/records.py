@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,7 +67,7 @@ class Records:
     cka: pd.DataFrame
     """One row per run, seed, reference, layer and layer of the reference."""
     probes: dict[str, dict[str, Any]]
-    """By teacher, metrics.json of its probe."""
+    """By teacher, metrics.json of its probe, where it has been run."""
     recipes: dict[str, dict[str, Any]]
     """For each run the resolved params that its first seed recorded."""
     stages: pd.DataFrame
@@ -109,11 +110,12 @@ class Records:
         return self.ensembles[self.ensembles.ensemble == ensemble].set_index("first_seed")
 
 
-def load(study: Study, metrics: Path) -> Records:
+def load(study: Study, metrics: Path, *, maybe_unprobed: Collection[str] = ()) -> Records:
     """Reads every record that the report needs.
 
     Args:
         metrics: the study's folder of records.
+        maybe_unprobed: teachers whose probe may not have been run.
 
     Raises:
         StudyError: a record is missing or damaged, or lacks a row that the study asks for.
@@ -140,7 +142,11 @@ def load(study: Study, metrics: Path) -> Records:
         calibration=_calibration(study, evaluate / "calibration.csv"),
         similarity=_similarity(study, metrics / "similarity" / "layers.csv", SIMILARITY),
         cka=_similarity(study, metrics / "similarity" / "cka.csv", _CKA),
-        probes={teacher: _probe(metrics / "probe" / teacher, teacher) for teacher in study.teachers},
+        probes={
+            teacher: _probe(metrics / "probe" / teacher, teacher)
+            for teacher in study.teachers
+            if teacher not in maybe_unprobed or (metrics / "probe" / teacher).is_dir()
+        },
         recipes={run: runs[run, study.seeds[0]][1]["params"] for run in study.runs},
         stages=pd.DataFrame(
             [{key: run[key] for key in ("stage", "seconds", "peak_memory_mb")} for run in provenance]

@@ -140,8 +140,8 @@ def ensembles_table(records: Records, report: Report) -> Table:
 def teachers_table(records: Records) -> Table:
     """Every teacher: how it was obtained, and what its features are worth without fine-tuning."""
     rows, shown = [], []
-    for name, teacher in records.study.teachers.items():
-        measured = records.probes[name]
+    for name, measured in records.probes.items():
+        teacher = records.study.teachers[name]
         images = teacher.images if isinstance(teacher, Pretrained) else ""
         architecture = teacher.architecture
         rows.append(
@@ -170,6 +170,8 @@ def teachers_table(records: Records) -> Table:
         "both without augmentation; and the effective rank of the features of the validation images (RankMe), "
         "which a collapse would bring to 1."
     )
+    if unprobed := [name for name in records.study.teachers if name not in records.probes]:
+        caption += f" The stage probe has not been run for {', '.join(unprobed)}."
     return Table("teachers", caption, pd.DataFrame(rows), pd.DataFrame(shown))
 
 
