@@ -202,7 +202,7 @@ def test_compiled_models_agree(family: str, use: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "use"),
-    zip(SOME * 2, USES, strict=True),  # each takes a quarter of a minute
+    list(zip(SOME * 2, USES, strict=True)),  # each takes a quarter of a minute
 )
 def test_models_compiled_to_machine_code_agree(family: str, use: str) -> None:
     images = make_images()
