@@ -41,7 +41,7 @@ def main(this: Stage) -> None:
             np.savez(
                 file,
                 images=parts.test.images[examples],
-                labels=labels,
+                classes=np.array([parts.description.classes[label] for label in labels]),
                 layers=np.array(layers),
                 names=np.array(list(models)),
                 **arrays,  # type: ignore[arg-type]

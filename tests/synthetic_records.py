@@ -381,7 +381,7 @@ def _write_images(artifacts: Path, study: Study) -> None:
     np.savez(
         artifacts / "maps" / "maps.npz",
         images=pictures,
-        labels=np.arange(images),
+        classes=np.array(["Bag", "Coat", "T-shirt/top", "<b>Boot</b>"]),
         layers=np.array([0, DEPTH // 2, DEPTH - 1]),
         names=np.array(["teacher", "finetune", "scratch", "distill"]),
         **maps,

@@ -171,6 +171,8 @@ def accuracy(label: str | None, run: str) -> float:
 
 def test_the_attention_viewer_shows_what_is_stored(page: Page, report: Path) -> None:
     stored = np.load(artifacts_of(report) / "maps" / "maps.npz")
+    images = page.locator("#attention-viewer select[name=image] option").all_inner_texts()
+    assert images == [f"{number}: {name}" for number, name in enumerate(stored["classes"], 1)]
     for name, choice in {"image": "2", "student": "distill", "layer": "1", "head": "2"}.items():
         page.locator(f"#attention-viewer select[name={name}]").select_option(choice)
     teacher, student = (stored[f"maps_{name}"][2, 1, 2, 0, 1:] * 100 for name in ("teacher", "distill"))

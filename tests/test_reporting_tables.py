@@ -16,6 +16,7 @@ from synthetic_records import Numbers
 
 from attention_transfer.config import Study
 from attention_transfer.errors import StudyError
+from attention_transfer.evaluation.statistics import Interval
 from attention_transfer.files import write_sealed, xxh3
 from attention_transfer.reporting import tables
 from attention_transfer.reporting.records import Records, load
@@ -308,3 +309,7 @@ def test_latex_sets_a_table_within_the_text(rows: int, tmp_path: Path) -> None:
     assert answer.returncode == 0, answer.stdout[-2000:]
     assert "Overfull" not in answer.stdout
     assert f"({1 if rows < 9 else 2} page" in answer.stdout
+
+
+def test_a_difference_that_rounds_to_zero_has_no_sign() -> None:
+    assert tables.per_cent(Interval(-2e-5, -0.0017, 0.0017, 5)) == "0.00 [−0.17, 0.17]"

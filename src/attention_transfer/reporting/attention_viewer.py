@@ -34,7 +34,7 @@ def payload(records: Records, artifacts: Path) -> dict[str, Any]:
         artifacts: the study's folder of large outputs; read is maps/maps.npz.
 
     Returns:
-        caption; images: a PNG each, as data URI; labels; layers, counted from 0; students; heads: their number;
+        caption; images: a PNG each, as data URI; classes: of each image its class's name; layers, counted from 0; students; heads: their number;
         side: of the grid of patches; packed: by model the attention from the class token to the patches, base64 of
         little-endian 16-bit integers (images, layers, heads, side * side), of which `steps` mean 1.
     """
@@ -45,7 +45,7 @@ def payload(records: Records, artifacts: Path) -> dict[str, Any]:
     return {
         "caption": CAPTION,
         "images": [_png(image) for image in arrays["images"][:images]],
-        "labels": arrays["labels"][:images].tolist(),
+        "classes": arrays["classes"][:images].tolist(),
         "layers": arrays["layers"].tolist(),
         "students": [name for name in names if name != "teacher"],
         "heads": heads,

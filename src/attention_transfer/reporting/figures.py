@@ -468,7 +468,7 @@ def read_attention_maps(records: Records, artifacts: Path) -> dict[str, np.ndarr
         StudyError: the file is missing or damaged.
     """
     path = artifacts / "maps" / "maps.npz"
-    return _images(records, path, "maps", ("images", "labels", "layers", "names"))
+    return _images(records, path, "maps", ("images", "classes", "layers", "names"))
 
 
 def known_models(records: Records, maps: dict[str, np.ndarray]) -> list[str]:

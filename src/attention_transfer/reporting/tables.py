@@ -548,9 +548,7 @@ def plain(interval: Interval, digits: int = 3) -> str:
 
 
 def _text(interval: Interval, form: Any) -> str:
-    mean, low, high = (
-        form(value).replace("-", "−") for value in (interval.mean, interval.low, interval.high)
-    )
+    mean, low, high = (_signed(form(value)) for value in (interval.mean, interval.low, interval.high))
     if not math.isfinite(interval.mean):
         return NONE
     if interval.n == 1:
@@ -558,6 +556,11 @@ def _text(interval: Interval, form: Any) -> str:
     if not (math.isfinite(interval.low) and math.isfinite(interval.high)):
         return f"{mean} (interval unbounded)"
     return f"{mean} [{low}, {high}]"
+
+
+def _signed(number: str) -> str:
+    """With a minus for a hyphen, and without it where all digits are 0."""
+    return number.replace("-", "−" if number.strip("-0.") else "")
 
 
 def _measure(measure: str, interval: Interval) -> str:
