@@ -71,9 +71,9 @@ class Study:
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, folder / name)
         if small:
-            shutil.rmtree(
-                folder / "studies" / "full", ignore_errors=True
-            )  # each DVC would read it, for seconds
+            # Each DVC would read the graphs, and each `sync` bring in the records: for seconds, and for a minute.
+            for large in ("studies/full", *(f"metrics/{name}" for name in ("core", "full", "tune"))):
+                shutil.rmtree(folder / large, ignore_errors=True)
             params = yaml.safe_load((folder / PARAMS).read_text())
             params["runs"] = {name: params["runs"][name] for name in ("scratch", "distill")}
             params["evaluation"] |= {"sets": ["validation", "test"]}
