@@ -83,14 +83,13 @@ def forecast(arguments: argparse.Namespace) -> None:
 
 def _forecast_gpus(arguments: argparse.Namespace, study: Study, experiments: list[str]) -> None:
     from attention_transfer.commands import forecast_gpus
-    from attention_transfer.measuring.gpus import Rates
 
-    rates = Rates(
+    rates = forecast_gpus.rates(
         tflops=arguments.tflops,
         memory=arguments.gpu_memory,
         cores=arguments.cores,
         decoded=arguments.images_per_core,
-        node=arguments.node or Rates.node,
+        node=arguments.node,
     )
     forecast_gpus.show(
         study,
@@ -287,12 +286,6 @@ EXIT_CODES = """exit codes:
 """
 
 
-def _jobs(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of stages: give 1 or more")
-    return int(text)
-
-
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number: give 1 or more")
@@ -427,7 +420,7 @@ def _arguments(commands: Mapping[str, argparse.ArgumentParser]) -> None:
     )
     _describe_export(commands["export"])
     commands["remake"].add_argument("stage", help="as DVC names it, such as train@copy-0")
-    commands["run"].add_argument("--jobs", type=_jobs, default=1, help="stages at a time (default: 1)")
+    commands["run"].add_argument("--jobs", type=_count, default=1, help="stages at a time (default: 1)")
     commands["run"].add_argument(
         "--only",
         metavar="STAGE",

@@ -8,6 +8,7 @@ keys of its last layer. All numbers are of one image.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from attention_transfer.config import Architecture
 from attention_transfer.models.timm_entries import GATED_SHARE
@@ -111,4 +112,4 @@ def copied_forward(student: Model, layers: int) -> int:
 
 def perceptron(*widths: int) -> int:
     """A forward pass of linear layers, for one row."""
-    return sum(2 * inputs * outputs for inputs, outputs in zip(widths, widths[1:], strict=False))
+    return sum(2 * inputs * outputs for inputs, outputs in pairwise(widths))
