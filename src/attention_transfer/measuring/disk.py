@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 
 from attention_transfer import plan
-from attention_transfer.assembly import Parts
+from attention_transfer.assembly import CachedSet, Parts
 from attention_transfer.config import Study
 from attention_transfer.layout import Layout
 from attention_transfer.measuring import memory
@@ -44,8 +46,8 @@ def needed(study: Study, layout: Layout, counts: Counts, *, jobs: int) -> dict[s
         "predictions": len(study.grid) * predicted * (4 * counts.classes + 16),
     }
     if study.is_experiment:
-        kept = ("students", "checkpoints", "predictions")
-        kept += ("images, decoded", "cached attention") if study.own_data else ()
+        kept = ["students", "checkpoints", "predictions"]
+        kept += ["images, decoded", "cached attention"] if study.own_data else []
         found = {name: size for name, size in found.items() if name in kept}
     return found
 
@@ -58,6 +60,7 @@ def _cache(study: Study, layout: Layout, counts: Counts, teacher: str) -> int:
     row, parts = plan.teacher_layout(study, teacher), Parts(study, layout, torch.device("cpu"))
     sets = plan.cached_sets(study, teacher, test_images=counts.test)
     return sum(
-        exact_bytes(rows, row, recipe(parts, teacher, which))  # type: ignore[arg-type]
-        for which, rows in sets.items()
+        exact_bytes(sets[which], row, recipe(parts, teacher, which))
+        for which in get_args(CachedSet)
+        if which in sets
     )
