@@ -1,13 +1,14 @@
-"""Floating-point operations that a training step of ViT-S/16 cannot do without; a multiply-add counts as two.
+"""The floating-point operations of the benchmarks' model, ViT-S/16: `attention_transfer.measuring.flops` for batches.
 
-Only matrix products are counted, and each as seldom as the arithmetic allows: an attention map is made once,
-nothing is recomputed in the backward pass, a copy student has no queries and keys, and an online teacher
-stops at the queries and keys of its last layer. The classifier is left out.
+The classifier is left out.
 """
 
 from __future__ import annotations
 
-PATCH, WIDTH, PIXELS = 16, 384, 3 * 16 * 16
+from attention_transfer.config import Architecture
+from attention_transfer.measuring import flops
+
+PATCH, WIDTH = 16, 384
 LINEAR = {
     "qkv": (WIDTH, 3 * WIDTH),
     "proj": (WIDTH, WIDTH),
@@ -17,24 +18,30 @@ LINEAR = {
 """Input and output width of a block's linear layers."""
 
 
+def model(size: int, depth: int = 12) -> flops.Model:
+    """For images of `size` pixels."""
+    architecture = Architecture(patch_size=PATCH, width=WIDTH, depth=depth, heads=6, mlp_ratio=4.0)
+    return flops.Model.of(architecture, image_size=size, channels=3, classes=0)
+
+
 def tokens(size: int) -> int:
     """Patches and class token of an image of `size` pixels."""
-    return (size // PATCH) ** 2 + 1
+    return model(size).tokens
 
 
 def embedding(batch: int, size: int) -> int:
     """The patch embedding's output, or its weights' gradient."""
-    return 2 * batch * (tokens(size) - 1) * PIXELS * WIDTH
+    return batch * model(size).embedding
 
 
 def linear(batch: int, size: int) -> int:
     """One block's linear layers: outputs, and gradients of inputs and weights."""
-    return 3 * 2 * batch * tokens(size) * sum(inputs * outputs for inputs, outputs in LINEAR.values())
+    return 3 * batch * model(size).linear
 
 
 def attention(batch: int, size: int) -> int:
-    """One product of the size of q k^T, for all heads: P v, and each of their gradients, are others."""
-    return 2 * batch * tokens(size) ** 2 * WIDTH
+    """One product of the size of q k^T, for all heads."""
+    return batch * model(size).product
 
 
 def step(kind: str, source: str, *, batch: int, size: int, depth: int) -> int:
@@ -44,17 +51,8 @@ def step(kind: str, source: str, *, batch: int, size: int, depth: int) -> int:
         kind: `copy` or `distill`.
         source: `cached` or `online`.
     """
-    block, product = linear(batch, size), attention(batch, size)
-    queries_and_keys = 2 * batch * tokens(size) * WIDTH * 2 * WIDTH
-    online = source == "online"
-    # P v and its gradient by v; of its own map also the logits, and three gradients more.
-    products = 2 if kind == "copy" else 6
+    of_an_image = model(size, depth)
+    student = of_an_image.training - (flops.copied(of_an_image, depth) if kind == "copy" else 0)
     # The teacher's logits, where the teacher itself does not make them.
-    products += not online
-    if kind == "copy":
-        block -= 3 * queries_and_keys
-    student = 2 * embedding(batch, size) + depth * (block + products * product)
-    if not online:
-        return student
-    whole = linear(batch, size) // 3 + 2 * product
-    return student + embedding(batch, size) + (depth - 1) * whole + queries_and_keys + product
+    teacher = of_an_image.read(depth - 1) if source == "online" else depth * of_an_image.product
+    return batch * (student + teacher)

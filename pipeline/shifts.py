@@ -26,7 +26,8 @@ def main(this: Stage) -> None:
             "seed": study.data.seed,
             "code": code_fingerprint(this.script),
         }
-        wanted, missing = shifted.wanted(evaluation, study.data), published.missing(evaluation)
+        wanted = shifted.wanted(evaluation, study.data)
+        missing = published.missing(wanted)
         for name, problem in missing.items():
             print(f"{name}: {problem}; the study goes on without it")
         wanted = {name: what for name, what in wanted.items() if name not in missing}

@@ -16,6 +16,7 @@ import timm
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
+from timm.data.readers.img_extensions import get_img_extensions
 
 from attention_transfer import config
 from attention_transfer.commands import new
@@ -140,6 +141,18 @@ def test_what_cannot_be_used_is_said_and_nothing_is_written(repository: Path) ->
     write()
     with pytest.raises(StudyError, match=r"flowers\.yaml: is there already"):
         write()
+
+
+def test_images_are_those_that_timm_will_read(repository: Path) -> None:
+    assert set(new.ENDINGS) == set(get_img_extensions())
+    for name in CLASSES:
+        Image.new("RGB", (40, 40)).save(repository / "flowers" / "train" / name / "late.webp")
+    counts = new.look(Path("flowers")).counts
+    read = {
+        name: len([path for path in Path("flowers", "train", name).iterdir() if path.suffix == ".jpg"])
+        for name in CLASSES
+    }
+    assert counts == read
 
 
 def test_a_published_teacher_is_written_without_its_weights(repository: Path) -> None:

@@ -9,18 +9,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_study
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
+from attention_transfer.commands import check
 from attention_transfer.config import Evaluation
 from attention_transfer.data import published, shifted
 from attention_transfer.data.image_files import Shape
 from attention_transfer.data.published import LEFT_OUT, Published
 from attention_transfer.errors import StudyError
 from attention_transfer.evaluation.predictions import Predictions
+from attention_transfer.layout import Layout
 
 FORM = Shape(3, 8, 8)
 CLASSES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "ibex", "jay", "kiwi", "lynx"]
@@ -107,7 +110,7 @@ def test_corruptions_are_as_many_sets_as_severities(tmp_path: Path) -> None:
     wanted = published.wanted(the)
     assert list(wanted) == [f"c-{kind}-{level}" for kind in ("fog", "frost") for level in (1, 3, 5)]
     assert published.condition(wanted["c-frost-3"]) == "c/frost"
-    assert set(published.missing(the)) == {"c-fog-5", "c-frost-5"}
+    assert set(published.missing(wanted)) == {"c-fog-5", "c-frost-5"}
     found = published.find(wanted["c-frost-3"], CLASSES, FORM, seed=0)
     assert set(names_of(found)) == set(CLASSES[:4])
 
@@ -129,7 +132,7 @@ def test_so_many_images_are_drawn_evenly(count: int, tmp_path: Path) -> None:
 
 def test_a_set_that_is_missing_is_named_with_what_is_expected(tmp_path: Path) -> None:
     the = evaluation({"sketch": {"layout": "class_names", "folder": str(tmp_path / "sketch")}})
-    assert published.missing(the)["sketch"].startswith(
+    assert published.missing(published.wanted(the))["sketch"].startswith(
         f"{tmp_path / 'sketch'} is not there: expected is <folder>/<class"
     )
 
@@ -207,6 +210,37 @@ def test_a_set_is_kept_and_read_as_it_was_found(tmp_path: Path) -> None:
         )
         == made
     )
+
+
+def test_check_names_what_was_missing_and_is_there_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sets that were made, and those still missing, are no news; nor is anything before the shifts are made."""
+    monkeypatch.chdir(tmp_path)
+    given = {name: {"layout": "class_names", "folder": name} for name in ("early", "late", "never")}
+    given["c"] = {"layout": "corruptions", "folder": "c", "corruptions": ("fog", "frost")}  # type: ignore[dict-item]
+    study = tiny_study.make_study("scratch", {"name": "imagenet1k"})
+    study = study.model_copy(update={"evaluation": evaluation(given, severities=(1,))})
+    monkeypatch.setattr(check.config, "load", lambda _: study)
+    monkeypatch.setattr(check.config, "experiments", lambda _: {})
+    monkeypatch.setattr(check.graph_file, "check", lambda _: None)
+    (tmp_path / "studies" / "imagenet1k").mkdir(parents=True)
+    (tmp_path / "studies" / "imagenet1k" / "dvc.yaml").touch()
+    put(tmp_path / "early", CLASSES[:2])
+    put(tmp_path / "c" / "fog" / "1", CLASSES[:2])
+    assert check.examine(Path("any.yaml"))["notes"] == []
+    sets = published.wanted(study.evaluation)
+    there = {name: what for name, what in sets.items() if name not in published.missing(sets)}
+    images = shifted.ImageSet(np.zeros((1, 3, 8, 8), np.uint8), np.zeros(1, np.int64))
+    shifted.make(
+        Layout.of(study).shifts, there, images, np.arange(0), {"seed": 0}, classes=CLASSES, form=FORM
+    )
+    assert check.examine(Path("any.yaml"))["notes"] == []
+    put(tmp_path / "late", CLASSES[:2])
+    put(tmp_path / "c" / "frost" / "1", CLASSES[:2])
+    [note] = check.examine(Path("any.yaml"))["notes"]
+    assert note.startswith("evaluation.published: late, c: not there when")
+    assert "dvc repro -f studies/imagenet1k/dvc.yaml:shifts" in note
 
 
 # How a model is judged

@@ -44,7 +44,10 @@ LEFT_OUT = {
     r"dvc pull .*|dvc push( studies/smoke/dvc\.yaml)?|git (add|commit) .*|dvc status .*|dvc gc --workspace"
     r"|dvc remote add --default store /mnt.*": "test_results_reach_another_machine",
     r"dvc remote .*(s3:|endpointurl).*|dvc remote modify --local": "needs an object store",
-    r"mlflow server .*|export MLFLOW_TRACKING_URI=.*|ssh .*": "tests/test_tracking_server.py and _postgres.py",
+    r"mlflow server .*|export MLFLOW_TRACKING_URI=.*|ssh .*": "tests/test_docs_server.py",
+    r"make study STUDY=imagenet1k|dvc repro -f studies/imagenet1k/dvc\.yaml:shifts"
+    r"|python -m attention_transfer check --params presets/imagenet1k\.yaml": "needs ImageNet",
+    r"python -m attention_transfer plan (--params presets/imagenet1k\.yaml )?--gpus.*": "test_commands_plan_gpus.py",
     r"python -m attention_transfer(\.reporting\.rules)?": "is a name; tests/test_reporting_rules.py",
 }
 # Where a page leaves something open, or means the default study: what is run instead.

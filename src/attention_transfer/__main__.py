@@ -11,8 +11,12 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from attention_transfer.errors import StudyError
+
+if TYPE_CHECKING:
+    from attention_transfer.config import Study
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -52,7 +56,11 @@ def show(arguments: argparse.Namespace) -> None:
 
 
 def forecast(arguments: argparse.Namespace) -> None:
-    """Measures a few steps here, and says what caches and stages will take, before anything is made."""
+    """Measures a few steps here, and says what caches and stages will take, before anything is made.
+
+    With --gpus nothing is measured: it says what the study would take on so many GPUs, from formulas of floating-point
+    operations, memory and disk, and from the rates that are stated.
+    """
     from attention_transfer import config
     from attention_transfer.layout import Layout
 
@@ -61,9 +69,38 @@ def forecast(arguments: argparse.Namespace) -> None:
         return
     if study.is_experiment:
         study = study.with_used_teachers()
+    if arguments.gpus:
+        _forecast_gpus(arguments, study, list(found))
+        return
+    if stated := [f"--{name.replace('_', '-')}" for name in STATED if getattr(arguments, name) is not None]:
+        raise StudyError(
+            "is for a plan that measures nothing", where=stated[0], remedy="add --gpus, such as --gpus 8"
+        )
     from attention_transfer.commands import forecast
 
     forecast.show(study, found, arguments.params, as_json=arguments.json, keep=arguments.once)
+
+
+def _forecast_gpus(arguments: argparse.Namespace, study: Study, experiments: list[str]) -> None:
+    from attention_transfer.commands import forecast_gpus
+
+    rates = forecast_gpus.rates(
+        tflops=arguments.tflops,
+        memory=arguments.gpu_memory,
+        cores=arguments.cores,
+        decoded=arguments.images_per_core,
+        node=arguments.node,
+    )
+    forecast_gpus.show(
+        study,
+        experiments,
+        arguments.params,
+        numbers=arguments.gpus,
+        rates=rates,
+        images=dict(arguments.images or ()),
+        classes=arguments.classes,
+        as_json=arguments.json,
+    )
 
 
 def detectable(arguments: argparse.Namespace) -> None:
@@ -238,6 +275,8 @@ STUDY_OF = (
     "run",
     "report",
 )
+STATED = ("tflops", "gpu_memory", "cores", "images_per_core", "node", "images", "classes")
+"""Of `plan --gpus`."""
 FOR_PROGRAMS = ({*STUDY_OF} - {"run", "export"}) | {"new", "compare", "sync"}
 EXIT_CODES = """exit codes:
   0    done, and in order
@@ -247,10 +286,57 @@ EXIT_CODES = """exit codes:
 """
 
 
-def _jobs(text: str) -> int:
+def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of stages: give 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number: give 1 or more")
     return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not 0 < found < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return found
+
+
+def _counted(text: str) -> tuple[str, int]:
+    name, _, number = text.partition("=")
+    return name, _count(number)
+
+
+def _describe_plan(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--once",
+        action="store_true",
+        help="nothing where students have been trained already; else kept for MLflow",
+    )
+    stated = command.add_argument_group("on GPUs that are not here", "what is not stated stays open")
+    stated.add_argument(
+        "--gpus", type=_count, nargs="+", metavar="N", help="how many; several numbers: a row each"
+    )
+    stated.add_argument(
+        "--tflops",
+        type=_rate,
+        metavar="F",
+        help="10^12 a second that one reaches: its peak times the share of it",
+    )
+    stated.add_argument("--gpu-memory", type=_rate, metavar="GB", help="of one")
+    stated.add_argument("--cores", type=_count, metavar="N", help="that a machine has for each of its GPUs")
+    stated.add_argument(
+        "--images-per-core", type=_rate, metavar="F", help="images a second that a core decodes and augments"
+    )
+    stated.add_argument("--node", type=_count, metavar="N", help="GPUs of one machine (default: 8)")
+    stated.add_argument(
+        "--images",
+        type=_counted,
+        nargs="+",
+        metavar="SET=N",
+        help="images of train, test and published sets that have not been read yet",
+    )
+    stated.add_argument("--classes", type=_count, metavar="N", help="of images that have not been read yet")
 
 
 def _describe_export(command: argparse.ArgumentParser) -> None:
@@ -303,11 +389,7 @@ def _text_of(function: Callable[[argparse.Namespace], None]) -> str:
 
 def _arguments(commands: Mapping[str, argparse.ArgumentParser]) -> None:
     """What single commands take beside the study."""
-    commands["plan"].add_argument(
-        "--once",
-        action="store_true",
-        help="nothing where students have been trained already; else kept for MLflow",
-    )
+    _describe_plan(commands["plan"])
     commands["detectable"].add_argument(
         "--pilot",
         type=Path,
@@ -338,7 +420,7 @@ def _arguments(commands: Mapping[str, argparse.ArgumentParser]) -> None:
     )
     _describe_export(commands["export"])
     commands["remake"].add_argument("stage", help="as DVC names it, such as train@copy-0")
-    commands["run"].add_argument("--jobs", type=_jobs, default=1, help="stages at a time (default: 1)")
+    commands["run"].add_argument("--jobs", type=_count, default=1, help="stages at a time (default: 1)")
     commands["run"].add_argument(
         "--only",
         metavar="STAGE",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from attention_transfer import config, graph_file, lock_file, plan
+from attention_transfer.data import shifted
 from attention_transfer.layout import Layout
 
 
@@ -47,7 +48,13 @@ def examine(params: Path) -> dict[str, Any]:
         if each.own_data:
             file = config.experiment_file(params, name)
             reserved = plan.check_room(each, Layout.of(each), file, reserved=reserved)
-    note = plan.unread_views(study)
+    notes = [note] if (note := plan.unread_views(study)) else []
+    if late := shifted.arrived(Layout.of(study).shifts, study.evaluation):
+        graph = lock_file.path(study.name.partition("/")[0]).with_name("dvc.yaml")
+        notes.append(
+            f"evaluation.published: {', '.join(late)}: not there when the shifts were made, and now it is. What to do: "
+            f"dvc repro -f {graph}:shifts, then run the study"
+        )
     return {
         "study": study.name,
         "runs": len(study.runs),
@@ -57,7 +64,7 @@ def examine(params: Path) -> dict[str, Any]:
             name: str(plan.attention_source(study, name))
             for name in (study.transferred_from if study.is_experiment else study.teachers)
         },
-        "notes": [note] if note else [],
+        "notes": notes,
         "mended": mended,
         "experiments": {
             name: {"runs": len(each.runs), "seeds": len(each.seeds)} for name, each in experiments.items()

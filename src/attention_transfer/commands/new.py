@@ -19,7 +19,7 @@ from attention_transfer.errors import StudyError
 from attention_transfer.files import atomic, sha256, write_text
 
 TRAIN, TEST = ("train", "training"), ("test", "val", "validation", "valid")
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+ENDINGS = (".png", ".jpg", ".jpeg")  # what timm's reader of folders takes, by which its study reads them
 PATCHES = 8  # at most, along a side, of a teacher that is pre-trained here
 LARGEST = 64  # pixels of its images, unless asked for more: two cores are what a first try has
 LOOKED_AT = 50  # images whose size and colours say what all are like

@@ -7,6 +7,7 @@ has is what its folders say, or a file that comes with it.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,17 @@ def condition(what: dict[str, Any]) -> str:
     return f"{what['published']}/{what['corruption']}" if "corruption" in what else str(what["published"])
 
 
-def missing(evaluation: Evaluation) -> dict[str, str]:
-    """By set name the folder that is not there, and what is expected in it."""
+def missing(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """By set name the folder that is not there, and what is expected in it.
+
+    Args:
+        sets: of `wanted`; others among them are left alone.
+    """
     return {
         name: f"{what['folder']} is not there: expected is {EXPECTED[layout]}"
-        for name, what in wanted(evaluation).items()
-        if not Path(what["folder"]).exists()
-        for layout in [evaluation.published[what["published"]].layout]
+        for name, what in sets.items()
+        if "published" in what and not Path(what["folder"]).exists()
+        for layout in ["corruptions" if "corruption" in what else what["layout"]]
     }
 
 

@@ -47,6 +47,20 @@ def made(folder: Path, evaluation: Evaluation, data: Data) -> dict[str, dict[str
     return {name: what for name, what in sets.items() if name in there}
 
 
+def arrived(folder: Path, evaluation: Evaluation) -> list[str]:
+    """Entries of `evaluation.published` with sets that were missing when the sets were made, and are there now.
+
+    Raises:
+        StudyError: the manifest is damaged.
+    """
+    if not evaluation.published or not (folder / MANIFEST).exists():
+        return []
+    there, sets = manifest(folder), published.wanted(evaluation)
+    missing = published.missing(sets)
+    late = [what["published"] for name, what in sets.items() if name not in there and name not in missing]
+    return list(dict.fromkeys(late))
+
+
 def subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """The same test images for each shift, stratified: sorted int64 indices (count,)."""
     if count > len(labels):
