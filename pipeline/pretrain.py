@@ -11,7 +11,7 @@ import torch
 
 from attention_transfer import config, machine_file
 from attention_transfer.assembly import Parts
-from attention_transfer.data import pretraining_images, views
+from attention_transfer.data import pretraining_images, rendering, views
 from attention_transfer.errors import StudyError
 from attention_transfer.files import sha256, write_csv
 from attention_transfer.models import pretraining, published, releases, vit, weights_of_timm
@@ -87,7 +87,7 @@ def pretrained(
     )
     how.apply(model.encoder)
     this.paths |= how.paths(parts.device)
-    task = PretrainingTask(
+    with PretrainingTask(
         model,
         count=count,
         views=model.views,
@@ -97,19 +97,20 @@ def pretrained(
         seed=teacher.seed,
         device=parts.device,
         bfloat16=this.study.training.precision == "bfloat16",
-    )
-    _, history = fit(
-        task,
-        teacher,
-        seed=teacher.seed,
-        clip_norm=this.study.training.clip_norm,
-        validate_every=teacher.epochs,
-        checkpoint=Checkpoint(this.checkpoints()),
-        sink=this.tracker,
-        label=this.label,
-        where=where,
         division=how.division,
-    )
+    ) as task:
+        _, history = fit(
+            task,
+            teacher,
+            seed=teacher.seed,
+            clip_norm=this.study.training.clip_norm,
+            validate_every=teacher.epochs,
+            checkpoint=Checkpoint(this.checkpoints()),
+            sink=this.tracker,
+            label=this.label,
+            where=where,
+            division=how.division,
+        )
     metrics = {
         "pretraining_loss": history.rows[-1]["total"],
         "images": count,
@@ -158,11 +159,7 @@ def images(parts: Parts, teacher: config.Pretrained, *, where: str) -> tuple[int
             str(error), where=f"{where}.images", remedy="choose other images or sizes"
         ) from error
     recipe = parts.view_recipe(params, found.description)
-    return (
-        len(found),
-        None,
-        lambda rows, view: views.render(recipe, found.pixels[rows], rows, view).to(parts.device),
-    )
+    return len(found), None, rendering.views_of(recipe, found.pixels, np.arange(len(found)))
 
 
 def by_name(this: Stage, teacher: config.FromTimm) -> tuple[weights_of_timm.Tagged, Path]:
