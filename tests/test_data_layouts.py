@@ -15,7 +15,7 @@ from pyarrow import parquet
 from torchvision.datasets import INaturalist
 
 from attention_transfer.config import Data
-from attention_transfer.data import image_files, sources, workers
+from attention_transfer.data import image_files, images, pretraining_images, sources, workers
 from attention_transfer.data.file_pixels import FilePixels
 from attention_transfer.data.image_files import Shape
 from attention_transfer.data.images import ImageSet
@@ -105,7 +105,8 @@ def test_shards_are_the_folder(tmp_path: Path, shards: Path) -> None:
 
 def test_a_shard_of_one_file_and_a_folder_of_shards(shards: Path) -> None:
     """`train.parquet`, and `train/*.parquet` as some data sets have it."""
-    classes, expected = read(shards)
+    classes, sets = read(shards)
+    expected = {split: by_class(classes, sets[split]) for split in sets}
     (shards / "train").mkdir()
     for path in shards.glob("train-*.parquet"):
         path.rename(shards / "train" / path.name)
@@ -115,8 +116,7 @@ def test_a_shard_of_one_file_and_a_folder_of_shards(shards: Path) -> None:
         path.unlink()
     parquet.write_table(whole, shards / "test.parquet")
     _, found = read(shards)
-    for split in ("train", "test"):
-        assert by_class(classes, found[split]) == by_class(classes, expected[split])
+    assert {split: by_class(classes, found[split]) for split in found} == expected
 
 
 def test_class_names_stand_in_a_file_where_the_shards_have_none(tmp_path: Path) -> None:
@@ -265,11 +265,10 @@ def test_inaturalist_by_its_annotation_files_is_torchvisions(tmp_path: Path) -> 
     theirs = INaturalist(str(tmp_path / "torchvision"), version="2018")
     expected = {name: label for label, name in theirs.index}
     ours = {}
-    for images in found.values():
-        assert isinstance(images.images, FilePixels)
-        for entry, label in zip(
-            images.images.entries(np.arange(len(images))), images.labels.tolist(), strict=True
-        ):
+    for split in found.values():
+        assert isinstance(split.images, FilePixels)
+        entries = split.images.entries(np.arange(len(split)))
+        for entry, label in zip(entries, split.labels.tolist(), strict=True):
             ours[Path(entry.path).name] = label
     assert ours == expected
 
@@ -327,5 +326,25 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     _, _, files = image_files.index(tmp_path / "train2017", classes=None, progress="index", labelled=False)
     assert files.names == [f"{number:012d}.jpg" for number in range(5)]
     assert FilePixels(files, np.arange(5), Shape(3, 28, 24))[:].shape == (5, 3, 24, 24)
+    assert image_files.count(tmp_path / "train2017") == 5
     with pytest.raises(StudyError, match=r"holds an image in no class folder: 000000000000.jpg"):
         read(tmp_path, train_split="train2017", test_split="val2017")
+
+
+def test_a_flat_folder_is_described_as_the_task_images_would_be(tmp_path: Path) -> None:
+    for number in range(6):
+        jpeg(tmp_path / "coco" / f"{number:012d}.jpg", number)
+        jpeg(tmp_path / "task" / "class" / f"{number:012d}.jpg", number)
+    shape = Shape(3, 28, 24)
+    found = pretraining_images.in_files(tmp_path / "coco", shape)
+    _, labels, files = image_files.index(tmp_path / "task", classes=None, progress="index")
+    task = images.ImageSet(FilePixels(files, np.arange(6), shape), labels)
+    saved = images.save(tmp_path / "data", "files", ["class"], {"train": task})
+    assert (found.description.mean, found.description.std) == (saved.mean, saved.std)
+    np.testing.assert_array_equal(found.pixels[:], task.images[:])
+    jpeg(tmp_path / "coco" / "000000000003.jpg", 9)
+    assert pretraining_images.in_files(tmp_path / "coco", shape).description.fingerprint != (
+        found.description.fingerprint
+    )
+    with pytest.raises(StudyError, match="is not there"):
+        pretraining_images.in_files(tmp_path / "nowhere", shape)
