@@ -3,28 +3,29 @@
     python benchmarks/decoding_images.py [--quick]
 
 Generated JPEGs of ImageNet's usual size, 500 x 375, in the page cache. All sides work in the same processes, as many
-as there are cores: `decoder`, Pillow's decoding and nothing else; `views`, decoding, cropping and resizing (and
-RandAugment where the study has it), with nothing sent anywhere; `loader`, the views of `data/rendering.py`, sent,
-joined and normalised, as training reads them: one batch is rendered while the one before is taken.
+as there are cores: `decoder`, Pillow alone: decoding, the same crops, resizing, and RandAugment where the study has
+it; no checksum, nothing kept or sent anywhere. `loader`, the views of `data/rendering.py`, checked, sent, joined,
+normalised and erased, as training reads them. `checksum` is the share of the loader's work that finds changed files.
 """
 
 from __future__ import annotations
 
 import functools
-import io
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import measure
 import numpy as np
 import torch
+import xxhash
 from PIL import Image
 
-from attention_transfer.data import decoding, image_files, rendering, workers
+from attention_transfer.data import decoding, image_files, rendering, views, workers
 from attention_transfer.data.file_pixels import FilePixels
 from attention_transfer.data.image_files import Entry, Shape
 from attention_transfer.data.views import ViewRecipe
+from attention_transfer.training.machine import prepare
 from attention_transfer.training.prefetch import Prefetch
 
 SIDES, QUALITY = (500, 375), 90
@@ -62,30 +63,21 @@ def generate(folder: Path, count: int) -> None:
         Image.fromarray((128 + pixels).clip(0, 255).astype(np.uint8)).save(path, quality=QUALITY)
 
 
-def decode(entries: Sequence[Entry]) -> None:
+def decode(entries: Sequence[Entry], recipe: ViewRecipe, examples: np.ndarray) -> None:
     """In a process of the pool."""
-    for entry in entries:
-        with Image.open(io.BytesIO(entry.read())) as image:
-            image.convert("RGB")
+    numbers = views.uniforms(recipe.key, examples, 1, 2 * decoding.TRIES + 5, skip=views.SKIPPED["picture"])
+    for entry, drawn in zip(entries, numbers.tolist(), strict=True):
+        with Image.open(entry.path) as image:
+            shown = decoding.crop_and_flip(image.convert("RGB"), recipe, FORM.size, drawn)
+            if recipe.rand_augment is not None:
+                decoding.augmented(shown, recipe, FORM, drawn[-2:])
 
 
-def show(entries: Sequence[Entry], recipe: ViewRecipe, examples: np.ndarray) -> None:
-    """In a process of the pool."""
-    decoding.render(entries, FORM, recipe, examples, 1)
-
-
-def in_pool(
-    work: Callable[..., None], entries: list[Entry], *arguments: object, examples: np.ndarray | None
-) -> None:
-    """Shares of the images, one a process."""
-    shares = np.array_split(np.arange(len(entries)), workers.count())
+def in_pool(entries: list[Entry], recipe: ViewRecipe, examples: np.ndarray) -> None:
+    """Small shares of the images, so that every process has work to the end."""
+    shares = np.array_split(np.arange(len(entries)), len(entries) // 8 or 1)
     waiting = [
-        workers._pool().submit(
-            work,
-            [entries[row] for row in share],
-            *arguments,
-            *([] if examples is None else [examples[share]]),
-        )
+        workers.pool().submit(decode, [entries[row] for row in share], recipe, examples[share])
         for share in shares
     ]
     for each in waiting:
@@ -93,17 +85,32 @@ def in_pool(
 
 
 def load(render: rendering.Render, batches: np.ndarray) -> None:
-    """Every batch, each rendered while the one before is taken."""
-    with Prefetch(lambda number: render(batches[number], 1)) as loader:
+    """Every batch, as `training/student_task.py` reads them: rendered by a thread, the one behind it begun."""
+
+    def read(number: int) -> torch.Tensor:
+        if number + 1 < len(batches):
+            render.begin(batches[number + 1], 1)
+        return render(batches[number], 1)
+
+    with Prefetch(read) as loader:
         for number in range(len(batches)):
             loader.take(number)
             if number + 1 < len(batches):
                 loader.ask(number + 1)
 
 
+def read_all(entries: list[Entry], *, checked: bool) -> None:
+    """In this process alone."""
+    for entry in entries:
+        content = Path(entry.path).read_bytes()
+        if checked and xxhash.xxh3_64_intdigest(content) != entry.checksum:
+            raise ValueError(entry.name)
+
+
 def main() -> None:
     options = measure.arguments(__doc__)
-    count, batch, repeats = (8, 4, 1) if options.quick else (512, 128, 7)
+    count, batch, repeats = (8, 4, 1) if options.quick else (512, 64, 7)
+    prepare()
     torch.set_num_threads(1)
     results = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -117,8 +124,7 @@ def main() -> None:
             batches = examples.reshape(-1, batch)
             times = measure.medians(
                 {
-                    "decoder": functools.partial(in_pool, decode, entries, examples=None),
-                    "views": functools.partial(in_pool, show, entries, recipe, examples=examples),
+                    "decoder": functools.partial(in_pool, entries, recipe, examples),
                     "loader": functools.partial(load, render, batches),
                 },
                 repeats=repeats,
@@ -127,22 +133,30 @@ def main() -> None:
             )
             speeds = {key: count / seconds for key, seconds in times.items()}
             print(name, {key: f"{value:.0f} images/s" for key, value in speeds.items()})
-            results += [
-                measure.Result(
-                    f"decoding images: loader against its views, {name} (cpu)",
-                    speeds["loader"] / speeds["views"],
-                    TARGET,
-                    "higher",
-                    "x",
-                ),
+            results.append(
                 measure.Result(
                     f"decoding images: loader against the decoder alone, {name} (cpu)",
                     speeds["loader"] / speeds["decoder"],
-                    None,
+                    TARGET,
                     "higher",
                     "x",
-                ),
-            ]
+                )
+            )
+        spent = measure.medians(
+            {
+                "read": functools.partial(read_all, entries, checked=False),
+                "checked": functools.partial(read_all, entries, checked=True),
+            },
+            repeats=repeats,
+            warm_up=1,
+            device=torch.device("cpu"),
+        )
+        share = (spent["checked"] - spent["read"]) / (workers.count() * times["loader"])
+        results.append(
+            measure.Result(
+                "decoding images: checksums, share of the loader's work (cpu)", share, None, "lower", "of it"
+            )
+        )
     measure.write(results, options)
 
 

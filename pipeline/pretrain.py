@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from attention_transfer import config, machine_file
+from attention_transfer import config, config_teachers, machine_file
 from attention_transfer.assembly import Parts
-from attention_transfer.data import pretraining_images, views
+from attention_transfer.data import pretraining_images, rendering, views
+from attention_transfer.data.image_files import Shape
+from attention_transfer.data.pretraining_images import PretrainingImages
 from attention_transfer.errors import StudyError
 from attention_transfer.files import sha256, write_csv
 from attention_transfer.models import pretraining, published, releases, vit, weights_of_timm
@@ -32,6 +34,13 @@ def main(this: Stage) -> None:
         "images": parts.description.fingerprint,
         "pretrain": sha256(this.layout.splits / "pretrain.txt"),
     }
+    others = None
+    if isinstance(teacher, config.Pretrained) and teacher.images not in config_teachers.PRETRAINING_IMAGES:
+        data = this.study.data
+        others = pretraining_images.in_files(
+            Path(teacher.images), Shape(data.channels, data.resize, data.image_size)
+        )
+        inputs["pretraining_images"] = others.description.fingerprint
     if isinstance(teacher, config.FromTimm):
         tagged, path = by_name(this, teacher)
         inputs["weights"] = checked(this, path, teacher.sha256)
@@ -42,7 +51,7 @@ def main(this: Stage) -> None:
         metrics: dict[str, float] = {}
         match teacher:
             case config.Pretrained():
-                model, rows, metrics = pretrained(this, parts, teacher, arguments)
+                model, rows, metrics = pretrained(this, parts, teacher, arguments, others)
             case config.Untrained():
                 model = vit.create(arguments, seed=teacher.seed)
             case config.FromFile():
@@ -70,11 +79,19 @@ def main(this: Stage) -> None:
 
 
 def pretrained(
-    this: Stage, parts: Parts, teacher: config.Pretrained, arguments: vit.Arguments
+    this: Stage,
+    parts: Parts,
+    teacher: config.Pretrained,
+    arguments: vit.Arguments,
+    others: PretrainingImages | None,
 ) -> tuple[torch.nn.Module, list[dict[str, float]], dict[str, float]]:
-    """Pre-trains on the task's training images, validation left out, or on others."""
+    """Pre-trains on the task's training images, validation left out, or on others.
+
+    Args:
+        others: in files, where the teacher asks for such.
+    """
     where = this.where(f"teachers.{this.instance['teacher']}")
-    count, labels, render = images(parts, teacher, where=where)
+    count, labels, render = images(parts, teacher, others, where=where)
     steps = teacher.epochs * (count // teacher.batch_size)
     model: Any = pretraining.build(teacher, arguments, steps=steps).to(parts.device)
     how = execution.choose(
@@ -87,7 +104,7 @@ def pretrained(
     )
     how.apply(model.encoder)
     this.paths |= how.paths(parts.device)
-    task = PretrainingTask(
+    with PretrainingTask(
         model,
         count=count,
         views=model.views,
@@ -97,19 +114,20 @@ def pretrained(
         seed=teacher.seed,
         device=parts.device,
         bfloat16=this.study.training.precision == "bfloat16",
-    )
-    _, history = fit(
-        task,
-        teacher,
-        seed=teacher.seed,
-        clip_norm=this.study.training.clip_norm,
-        validate_every=teacher.epochs,
-        checkpoint=Checkpoint(this.checkpoints()),
-        sink=this.tracker,
-        label=this.label,
-        where=where,
         division=how.division,
-    )
+    ) as task:
+        _, history = fit(
+            task,
+            teacher,
+            seed=teacher.seed,
+            clip_norm=this.study.training.clip_norm,
+            validate_every=teacher.epochs,
+            checkpoint=Checkpoint(this.checkpoints()),
+            sink=this.tracker,
+            label=this.label,
+            where=where,
+            division=how.division,
+        )
     metrics = {
         "pretraining_loss": history.rows[-1]["total"],
         "images": count,
@@ -131,7 +149,9 @@ def why_alone(study: config.Study, instance: Mapping[str, Any]) -> str:
     return why_whole(teacher) if isinstance(teacher, config.Pretrained) else "nothing is trained"
 
 
-def images(parts: Parts, teacher: config.Pretrained, *, where: str) -> tuple[int, np.ndarray | None, Render]:
+def images(
+    parts: Parts, teacher: config.Pretrained, others: PretrainingImages | None, *, where: str
+) -> tuple[int, np.ndarray | None, Render]:
     """Number of images to pre-train on, their labels where they have any, and what gives views of them."""
     params, examples = views.PretrainingViews(teacher.crop_scale), parts.split("pretrain")
     if teacher.images == "task":
@@ -146,7 +166,7 @@ def images(parts: Parts, teacher: config.Pretrained, *, where: str) -> tuple[int
     data = parts.study.data
     try:
         # As many fractals as the task has images; there are few digits.
-        found = pretraining_images.load(
+        found = others or pretraining_images.load(
             teacher.images,
             size=data.image_size,
             channels=data.channels,
@@ -158,11 +178,7 @@ def images(parts: Parts, teacher: config.Pretrained, *, where: str) -> tuple[int
             str(error), where=f"{where}.images", remedy="choose other images or sizes"
         ) from error
     recipe = parts.view_recipe(params, found.description)
-    return (
-        len(found),
-        None,
-        lambda rows, view: views.render(recipe, found.pixels[rows], rows, view).to(parts.device),
-    )
+    return len(found), None, rendering.views_of(recipe, found.pixels, np.arange(len(found)))
 
 
 def by_name(this: Stage, teacher: config.FromTimm) -> tuple[weights_of_timm.Tagged, Path]:

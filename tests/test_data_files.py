@@ -154,9 +154,9 @@ def test_images_of_other_kinds_are_converted(kind: str, tmp_path: Path) -> None:
                 image.convert("L").save(path, quality=95)
             case _:
                 image.convert("RGBA").save(path, format="PNG")
-    found = decoding.render(
-        list(read(tmp_path)["train"].images.entries(np.arange(1))), Shape(3, 30, 30), None, np.arange(1), 0
-    )
+    found = np.empty((1, 3, 30, 30), np.uint8)
+    entries = list(read(tmp_path)["train"].images.entries(np.arange(1)))
+    decoding.render(entries, Shape(3, 30, 30), None, np.arange(1), 0, pixels=found)
     left = (image.width - image.height) // 2
     expected = np.asarray(image.convert("L").convert("RGB") if kind == "grey" else image, dtype=float)[
         :, left : left + 30
@@ -246,8 +246,13 @@ def test_a_view_depends_on_image_and_number_alone(
     assert not torch.equal(render(np.arange(10), 8), together)
     entries = pixels.entries(np.arange(10)) if kind == "files" else list(pixels[:])
     size = Shape(channels, 28, 24) if kind == "files" else Shape(channels, 24, 24)
-    alone = torch.from_numpy(decoding.render(entries, size, the, examples, 7))
+    alone = np.empty((10, channels, 24, 24), np.uint8)
+    decoding.render(entries, size, the, examples, 7, pixels=alone)
     assert torch.equal(views.erase(the, views.normalise(the, alone), examples, 7), together)
+    # Begun before, in another order, and more than are kept: the same.
+    for view in (9, 7, 8, 7):
+        render.begin(np.arange(10), view)
+    assert torch.equal(render(np.arange(10), 7), together)
 
 
 def test_the_largest_magnitude_of_every_operation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,15 +277,15 @@ def test_a_policy_that_timm_does_not_know() -> None:
 def test_noise_is_normal_and_within_the_rectangle() -> None:
     by_mean, by_noise = (recipe(Params(erase=1.0, erase_with=fill)) for fill in ("mean", "noise"))
     pixels, examples = torch.full((300, 3, 16, 16), 9.0), np.arange(300)
-    erased = views.erase(by_mean, pixels, examples, 4) == 0
-    noisy = views.erase(by_noise, pixels, examples, 4)
+    erased = views.erase(by_mean, pixels.clone(), examples, 4) == 0
+    noisy = views.erase(by_noise, pixels.clone(), examples, 4)
     assert torch.equal(noisy != 9, erased)
     values = noisy[erased].double().numpy()
     assert stats.kstest(values, "norm").pvalue > 1e-4
     assert len(np.unique(values)) > 0.99 * len(values)
     alone = views.erase(by_noise, pixels[[17]], examples[[17]], 4)
     assert torch.equal(alone, noisy[[17]])
-    assert not torch.equal(views.erase(by_noise, pixels, examples, 5), noisy)
+    assert not torch.equal(views.erase(by_noise, pixels.clone(), examples, 5), noisy)
 
 
 def test_a_recipe_without_the_newer_keys_is_recorded_as_before() -> None:

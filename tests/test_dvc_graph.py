@@ -138,7 +138,8 @@ def test_imports_are_those_of_the_running_script(name: str, loaded: dict[str, se
     assert loaded[name] - exempt <= found
     # What is named in the source but not loaded is imported inside a function: the shifts, for scipy's sake; what
     # decodes images in files, for torch's; and all of training where no teacher is to be fine-tuned.
-    late = {path for path in found if path.stem in ("shifts", "corruptions", "decoding", "views", "workers")}
+    decoder = ("decoding", "shared_pixels", "views", "workers")
+    late = {path for path in found if path.stem in ("shifts", "corruptions", *decoder)}
     if name == "finetuned":
         fitting = provenance.PACKAGE / "fitting.py"
         late |= {fitting, provenance.PACKAGE / "training" / "machine.py", *provenance.imported_files(fitting)}

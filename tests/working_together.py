@@ -67,6 +67,20 @@ class Exact(LabelledViews):
         return targets.double() if targets.is_floating_point() else targets
 
 
+@dataclass(frozen=True)
+class Alternating:
+    """Two views of the labelled images, in turns."""
+
+    images: LabelledViews
+    dtype: torch.dtype
+
+    def __call__(self, rows: np.ndarray, view: int) -> Tensor:
+        return self.images.render(rows, view % 2).to(self.dtype)
+
+    def begin(self, rows: np.ndarray, view: int) -> None:
+        self.images.begin(rows, view % 2)
+
+
 def task(case: Case) -> tuple[Any, execution.Execution]:
     """The case's task, and how it is executed here."""
     if case.method in PRETRAINING:
@@ -145,7 +159,7 @@ def pretraining_task(case: Case) -> tuple[Any, execution.Execution]:
         count=len(labelled),
         views=1,
         labels=labelled.labels if model.labelled else None,
-        render=lambda rows, view: labelled.render(rows, view % 2).to(case.dtype),
+        render=Alternating(labelled, case.dtype),
         batch_size=params.batch_size,
         seed=0,
         device=tiny_study.CPU,

@@ -60,10 +60,9 @@ class Parts:
             std=description.std,
         )
 
-    def renderer(self, examples: np.ndarray, params: views.ViewParams) -> Callable[[np.ndarray, int], Tensor]:
+    def renderer(self, examples: np.ndarray, params: views.ViewParams) -> rendering.Render:
         """Gives normalised views of the training images with these numbers, by row and view number."""
-        render = rendering.views_of(self.view_recipe(params), self.train.take(examples).images, examples)
-        return lambda rows, view: render(rows, view).to(self.device)
+        return rendering.views_of(self.view_recipe(params), self.train.take(examples).images, examples)
 
     @functools.cached_property
     def labelled(self) -> LabelledViews:

@@ -26,6 +26,7 @@ from attention_transfer.config_runs import (
 )
 from attention_transfer.config_teachers import (
     HUB,
+    PRETRAINING_IMAGES,
     Architecture,
     Component,
     Decoder,
@@ -60,6 +61,7 @@ from attention_transfer.errors import StudyError
 __all__ = [
     "COPIES_ATTENTION",
     "HUB",
+    "PRETRAINING_IMAGES",
     "Architecture",
     "AttentionLoss",
     "Component",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from attention_transfer.config_values import (
     Extended,
@@ -29,6 +29,17 @@ HUB = "hf-hub:"  # begins a name that is no entry of timm, but a model of the Hu
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Release = Literal["timm", "mae", "moco_v3", "dino", "dinov2", "beit", "beit_v2", "deit"]
 """How a project lays out the weights that it releases; see models/releases.py."""
+
+
+PRETRAINING_IMAGES = ("task", "digits", "fractals")
+
+
+def _pretraining_images(value: str) -> str:
+    if value not in PRETRAINING_IMAGES and "/" not in value:
+        raise ValueError(
+            f"{value!r} is none of {', '.join(PRETRAINING_IMAGES)}, and no path of images, which has a / in it"
+        )
+    return value
 
 
 class Architecture(Extended):
@@ -112,8 +123,9 @@ class Pretrained(Section):
     """A teacher that is pre-trained here, and what all ways to do that share."""
 
     architecture: Architecture
-    images: Literal["task", "digits", "fractals"] = "task"
-    """`task`: the training images, validation left out; else images that have nothing to do with the task."""
+    images: Annotated[str, AfterValidator(_pretraining_images)] = "task"
+    """`task`: the training images, validation left out; else images that have nothing to do with the task: `digits`,
+    `fractals`, or the path of a folder or tar of images, with a `/` in it."""
     epochs: Positive
     warmup_epochs: Annotated[float, Field(ge=0)]
     batch_size: Positive

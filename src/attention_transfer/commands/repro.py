@@ -25,6 +25,7 @@ THREADS = "ATTENTION_TRANSFER_THREADS"  # see training/machine.py, which takes t
 OF_STUDENTS = ("resolve", "train", "predict")  # stages that a study has by the hundred
 SHARED_OUT = ("pretrain", "cache", "train", "predict")  # stages that several processes do together
 LONG = ("pretrain", "cache")  # stages that have all cores for long, and for whose end students wait
+WORKERS = "ATTENTION_TRANSFER_WORKERS"  # see data/workers.py, likewise
 OMP = "OMP_NUM_THREADS"
 GPUS = "CUDA_VISIBLE_DEVICES"
 LARGEST_BATCH = 16  # stages that one DVC is given; starting it takes as long as a short stage
@@ -274,9 +275,9 @@ def depth_first(waits: Mapping[str, set[str]]) -> dict[str, set[str]]:
 def surroundings(
     machine: Machine, number: int, stages: list[str], threads: int, devices: list[str]
 ) -> dict[str, str]:
-    """Variables for one DVC's stages: threads of each process, and GPUs of their own where there are any.
+    """Variables for one DVC's stages: threads of each process, processes that decode images, and GPUs of their own.
 
-    What the environment or machine.yaml says of threads counts first.
+    What the environment or machine.yaml says of threads counts first, and what the environment says of the others.
 
     Args:
         number: of the DVC, from 1.
@@ -289,6 +290,8 @@ def surroundings(
     each = str(machine.threads or max(1, threads // together))
     # What torch's libraries read when they are loaded decides on last bits too, as much as its own setting.
     found = {THREADS: each, OMP: each}
+    if WORKERS not in os.environ:
+        found[WORKERS] = str(threads)
     if groups := len(devices) // machine.processes:
         first = (number - 1) % groups * machine.processes
         found[GPUS] = ",".join(devices[first : first + machine.processes])

@@ -33,32 +33,34 @@ Picture = Entry | np.ndarray
 
 
 def render(
-    pictures: Sequence[Picture], shape: Shape, recipe: ViewRecipe | None, examples: np.ndarray, view: int
-) -> np.ndarray:
+    pictures: Sequence[Picture],
+    shape: Shape,
+    recipe: ViewRecipe | None,
+    examples: np.ndarray,
+    view: int,
+    *,
+    pixels: np.ndarray,
+) -> None:
     """Views, or clean images, one after another.
 
     Args:
         recipe: of the views; None where `view` is CLEAN.
         examples: int64 (count,), the images' numbers in their data set.
-
-    Returns:
-        uint8 (count, channels, size, size).
+        pixels: uint8 (count, channels, size, size), where they go.
 
     Raises:
         StudyError: a file has changed or cannot be decoded.
     """
-    pixels = np.empty((len(pictures), shape.channels, shape.size, shape.size), np.uint8)
     if recipe is None or view == CLEAN:
         for row, picture in enumerate(pictures):
             pixels[row] = _array(clean(opened(picture, shape), shape))
-        return pixels
+        return
     numbers = views.uniforms(recipe.key, examples, view, _NUMBERS, skip=views.SKIPPED["picture"])
     for row, (picture, drawn) in enumerate(zip(pictures, numbers.tolist(), strict=True)):
         image = crop_and_flip(opened(picture, shape), recipe, shape.size, drawn)
         if recipe.rand_augment is not None:
             image = augmented(image, recipe, shape, drawn[-2:])
         pixels[row] = _array(image)
-    return pixels
 
 
 def opened(picture: Picture, shape: Shape) -> Image.Image:
@@ -69,7 +71,9 @@ def opened(picture: Picture, shape: Shape) -> Image.Image:
         )
     try:
         with Image.open(io.BytesIO(picture.read())) as image:
-            return image.convert(shape.mode)
+            image.load()
+            # Pillow would copy what has these channels already.
+            return image if image.mode == shape.mode else image.convert(shape.mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise StudyError(
             f"cannot be decoded: {error}", where=picture.where, remedy="replace or remove this file"

@@ -1,4 +1,4 @@
-"""Images that stay in their files: an index of a folder or a tar, with a checksum of every file.
+"""Images that stay in their files: an index of a folder, a tar or Parquet shards, with a checksum of every image.
 
 For data sets that memory does not hold. The bytes of an image are read, and checked, whenever it is shown.
 """
@@ -12,12 +12,14 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
 from PIL import Image
 from tqdm import tqdm
 
+from attention_transfer.data import annotation_file, parquet_files
 from attention_transfer.errors import StudyError, repro
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -50,9 +52,9 @@ class Entry:
     """Where an image's bytes lie; small, since it goes to the process that decodes it.
 
     Attributes:
-        path: of the file, or of the tar that holds it.
+        path: of the file, or of the tar or the Parquet shard that holds it.
         name: for messages.
-        offset: in the tar; LOOSE for a file of its own.
+        offset: in the tar; LOOSE for a file of its own; in a shard what `parquet_files` makes of its row.
         size: in bytes.
         checksum: xxh3 of these bytes.
     """
@@ -71,20 +73,28 @@ class Entry:
         """
         remedy = f"bring the file back, or index what is there now: {repro('data', again=True)}"
         try:
-            with open(self.path, "rb") as file:  # noqa: PTH123 (a million times: Path.open takes longer)
-                if self.offset != LOOSE:
-                    file.seek(self.offset)
-                content = file.read(-1 if self.offset == LOOSE else self.size)
-        except OSError as error:
-            raise StudyError(f"cannot be read: {error.strerror}", where=self.where, remedy=remedy) from error
+            content = self._content()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+            raise StudyError(f"cannot be read: {reason}", where=self.where, remedy=remedy) from error
         if xxhash.xxh3_64_intdigest(content) != self.checksum:
             raise StudyError(
                 "is not what was indexed: its bytes have changed", where=self.where, remedy=remedy
             )
         return content
 
+    def _content(self) -> bytes:
+        if self.offset >= parquet_files.OFFSET:
+            return parquet_files.image(self.path, self.offset)
+        with open(self.path, "rb") as file:  # noqa: PTH123 (a million times: Path.open takes longer)
+            if self.offset != LOOSE:
+                file.seek(self.offset)
+            return file.read(-1 if self.offset == LOOSE else self.size)
+
     @property
     def where(self) -> str:
+        if self.offset >= parquet_files.OFFSET:
+            return f"{self.path}: row {self.name.rpartition('/')[2]}"
         return self.path if self.offset == LOOSE else f"{self.path}: {self.name}"
 
 
@@ -93,8 +103,8 @@ class ImageFiles:
     """The images of one split.
 
     Attributes:
-        root: folder or tar; not part of what they are: a folder that is moved holds the same images.
-        names: relative to the folder, or in the tar.
+        root: folder, also of shards, or tar; not part of what they are: a folder that is moved holds the same images.
+        names: relative to the folder, or in the tar; in a shard `<shard>/<number of the row>`.
         offsets, sizes: int64 (count,), see `Entry`.
         checksums: uint64 (count,).
     """
@@ -113,7 +123,7 @@ class ImageFiles:
         root = str(self.root)
         return [
             Entry(
-                root if offset != LOOSE else os.path.join(root, name),  # noqa: PTH118 (as in `read`)
+                _file(root, name, offset),
                 name,
                 offset,
                 size,
@@ -147,47 +157,78 @@ class ImageFiles:
         return cls(Path(root), names.split("\n"), *(arrays[key] for key in ("offsets", "sizes", "checksums")))
 
 
+class Found(NamedTuple):
+    """An image: `Entry`'s values, and its class."""
+
+    class_name: str
+    name: str
+    offset: int
+    size: int
+    checksum: int | None
+
+
 def index(
-    root: Path, *, classes: list[str] | None, progress: str
+    root: Path, *, classes: list[str] | None, progress: str, labelled: bool = True
 ) -> tuple[list[str], np.ndarray, ImageFiles]:
-    """Reads every file of a folder or a tar of class folders once.
+    """Reads every image of a folder or a tar of class folders, of Parquet shards, or of an annotation file once.
 
     Args:
-        classes: names of the class folders, in order of their labels; None: those that are there, sorted.
+        root: folder; tar; `.parquet`, or a folder of such or a pattern with `*`; `.json`, of COCO's layout.
+        classes: names of the classes, in order of their labels; None: those that are there. Class folders are sorted.
         progress: label of the progress bar.
+        labelled: whether images have to lie in class folders.
 
     Returns:
         Class names, labels int64 (count,), and the files; sorted by class and name.
 
     Raises:
-        StudyError: there are no images; or a class folder that is not one of `classes`; or a file that is no image.
+        StudyError: there are no images; or a class that is not one of `classes`; or a file that is no image.
     """
-    found = list(_in_tar(root) if root.is_file() else _in_folder(root))
+    if shards := parquet_files.shards(root):
+        root = shards[0].parent
+        names, found = _in_shards(shards, progress)
+    elif root.suffix == ".json":
+        names, listed = annotation_file.read(root)
+        root = root.parent
+        found = [Found(kind, name, LOOSE, _size(root / name), None) for name, kind in listed]
+    else:
+        found = [
+            Found(class_of(name), name, offset, size, None)
+            for name, offset, size in (_in_tar(root) if root.is_file() else _in_folder(root))
+        ]
+        names = sorted({each.class_name for each in found})
     if not found:
         raise StudyError(
             "holds no images",
             where=str(root),
             remedy=f"put them there as <class>/<name>, with one of the endings {', '.join(ENDINGS)}",
         )
-    folders = sorted({class_of(name) for name, _, _ in found})
+    if labelled and (loose := next((each.name for each in found if not each.class_name), None)):
+        raise StudyError(
+            f"holds an image in no class folder: {loose}",
+            where=str(root),
+            remedy="put every image there as <class>/<name>",
+        )
     if classes is None:
-        classes = folders
-    elif unknown := sorted(set(folders) - set(classes)):
+        classes = names
+    elif unknown := sorted(set(names) - set(classes)):
         raise StudyError(
             f"has {len(unknown)} class folders that the training images lack: {', '.join(unknown[:5])}",
             where=str(root),
             remedy="give both splits the same class folders",
         )
     numbers = {name: number for number, name in enumerate(classes)}
-    found.sort(key=lambda entry: (numbers[class_of(entry[0])], entry[0]))
+    found.sort(key=lambda each: (numbers[each.class_name], each.name))
     files = ImageFiles(
         root,
-        [name for name, _, _ in found],
-        np.array([offset for _, offset, _ in found], np.int64),
-        np.array([size for _, _, size in found], np.int64),
-        np.zeros(len(found), np.uint64),
+        [each.name for each in found],
+        np.array([each.offset for each in found], np.int64),
+        np.array([each.size for each in found], np.int64),
+        np.array([each.checksum or 0 for each in found], np.uint64),
     )
-    labels = np.array([numbers[class_of(name)] for name in files.names], np.int64)
+    labels = np.array([numbers[each.class_name] for each in found], np.int64)
+    if shards:  # read already, since labels are beside the images
+        return classes, labels, files
     with ThreadPoolExecutor(READERS) as readers:
         every = (
             entry for start in range(0, len(files), 4096) for entry in files.entries(_rows(start, files))
@@ -200,9 +241,23 @@ def index(
     return classes, labels, files
 
 
+def count(root: Path) -> int:
+    """Images in a folder or a tar, none of which is read."""
+    return sum(1 for _ in (_in_tar(root) if root.is_file() else _in_folder(root)))
+
+
 def class_of(name: str) -> str:
     """The folder that an image lies in."""
     return name.rpartition("/")[0].rpartition("/")[2]
+
+
+def _file(root: str, name: str, offset: int) -> str:
+    """The file that holds an image."""
+    if offset >= parquet_files.OFFSET:
+        name = name.rpartition("/")[0]
+    elif offset != LOOSE:
+        return root
+    return os.path.join(root, name)  # noqa: PTH118 (as in `read`)
 
 
 def _rows(start: int, files: ImageFiles) -> np.ndarray:
@@ -216,6 +271,48 @@ def _in_folder(root: Path) -> Iterable[tuple[str, int, int]]:
             if name.lower().endswith(ENDINGS):
                 path = Path(folder) / name
                 yield str(path.relative_to(root)), LOOSE, path.stat().st_size
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise StudyError(
+            f"cannot be read: {error.strerror}",
+            where=str(path),
+            remedy="unpack the images into the folder of the annotation file that names this one",
+        ) from error
+
+
+def _in_shards(shards: list[Path], progress: str) -> tuple[list[str], list[Found]]:
+    """Class names, and every image, read group by group."""
+    for path in shards:
+        parquet_files.check_columns(path)
+    names = parquet_files.class_names(shards)
+
+    def of_group(group: tuple[Path, int]) -> list[Found]:
+        path, found = group[0], []
+        for row in parquet_files.rows(*group):
+            if row.label >= len(names):
+                raise StudyError(
+                    f"has the label {row.label} in row {row.number}, but there are {len(names)} class names",
+                    where=str(path),
+                    remedy="correct the label, or name every class",
+                )
+            name = f"{path.name}/{row.number:09d}"
+            entry = Entry(str(path), name, row.offset, len(row.content), 0)
+            checksum = _checked(row.content, entry.where)
+            found.append(Found(names[row.label], name, row.offset, len(row.content), checksum))
+        return found
+
+    groups = [group for path in shards for group in parquet_files.groups(path)]
+    with ThreadPoolExecutor(READERS // 4) as readers:  # each holds a row group
+        parts = readers.map(of_group, groups)
+        return names, [
+            each
+            for part in tqdm(parts, total=len(groups), desc=progress, unit="group", mininterval=5)
+            for each in part
+        ]
 
 
 def _in_tar(root: Path) -> Iterable[tuple[str, int, int]]:
@@ -239,12 +336,21 @@ def _checksum(entry: Entry) -> int:
         with Path(entry.path).open("rb") as file:
             file.seek(max(entry.offset, 0))
             content = file.read(entry.size)
+    except OSError as error:
+        raise _no_image(entry.where, error) from error
+    return _checked(content, entry.where)
+
+
+def _checked(content: bytes, where: str) -> int:
+    try:
         with Image.open(io.BytesIO(content)):
             pass
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise StudyError(
-            f"is no image that can be read: {error}",
-            where=entry.where,
-            remedy="replace or remove this file",
-        ) from error
+        raise _no_image(where, error) from error
     return xxhash.xxh3_64_intdigest(content)
+
+
+def _no_image(where: str, error: Exception) -> StudyError:
+    return StudyError(
+        f"is no image that can be read: {error}", where=where, remedy="replace or remove this file"
+    )

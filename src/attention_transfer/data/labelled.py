@@ -44,10 +44,20 @@ class LabelledViews:
         if self.mixing is None:
             return self.single(rows, view).to(self.device)
         mix = mixing.draw(self.mixing, view)
-        needed, places = np.unique(np.concatenate([rows, mix.partners[rows]]), return_inverse=True)
+        needed, places = self._needed(rows, view)
         rendered = self.single(needed, view)
         own, other = rendered[places[: len(rows)]], rendered[places[len(rows) :]]
         return mixing.mix(mix, rows, own, other).to(self.device)
+
+    def begin(self, rows: np.ndarray, view: int) -> None:
+        """Says that these will be asked for soon; what they are does not depend on it."""
+        self.single.begin(rows if self.mixing is None else self._needed(rows, view)[0], view)
+
+    def _needed(self, rows: np.ndarray, view: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows whose single views these are mixed from, and places in them: of the rows, then of their partners."""
+        assert self.mixing is not None
+        partners = mixing.draw(self.mixing, view).partners[rows]
+        return np.unique(np.concatenate([rows, partners]), return_inverse=True)
 
     def targets(self, rows: np.ndarray, view: int) -> Tensor:
         """Labels (batch,) int64; of mixed views the classes' shares, float32 (batch, classes)."""

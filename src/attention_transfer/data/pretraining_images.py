@@ -1,13 +1,17 @@
-"""Images to pre-train a teacher on that are not the task's: handwritten digits, or fractals."""
+"""Images to pre-train a teacher on that are not the task's: handwritten digits, fractals, or files."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from attention_transfer.data import fractals
+from attention_transfer.data import fractals, image_files
+from attention_transfer.data.file_pixels import FilePixels
+from attention_transfer.data.image_files import Shape
 from attention_transfer.data.images import Description, checksum, statistics
+from attention_transfer.errors import StudyError
 
 SOURCES = ("digits", "fractals")
 DIGITS = 1797  # scikit-learn's
@@ -23,12 +27,12 @@ class PretrainingImages:
     same grey value is another input before and after.
 
     Attributes:
-        pixels: uint8 (count, channels, size, size).
+        pixels: uint8 (count, channels, size, size), in memory, or decoded when they are asked for.
         description: mean, deviation and fingerprint, for a `views.ViewRecipe` as of the task's images; it has
             no classes.
     """
 
-    pixels: np.ndarray
+    pixels: np.ndarray | FilePixels
     description: Description
 
     def __len__(self) -> int:
@@ -59,6 +63,30 @@ def load(source: str, *, size: int, channels: int, count: int, seed: int) -> Pre
         if source == "fractals"
         else _digits(count, size=size, channels=channels, seed=seed)
     )
+    return _described(source, pixels, checksum(pixels))
+
+
+def in_files(root: Path, form: Shape) -> PretrainingImages:
+    """All images of a folder or a tar, in class folders or not; they stay there.
+
+    Args:
+        form: of the task's images.
+
+    Raises:
+        StudyError: it is not there, or holds no images, or a file that is none.
+    """
+    if not root.exists():
+        raise StudyError(
+            "is not there",
+            where=str(root),
+            remedy="put the images there, or correct the teacher's key `images`",
+        )
+    _, _, files = image_files.index(root, classes=None, progress=f"index {root.name}", labelled=False)
+    pixels = FilePixels(files, np.arange(len(files)), form)
+    return _described(str(root), pixels, pixels.checksum)
+
+
+def _described(source: str, pixels: np.ndarray | FilePixels, checksum: str) -> PretrainingImages:
     mean, std = statistics(pixels)
     return PretrainingImages(
         pixels,
@@ -67,7 +95,7 @@ def load(source: str, *, size: int, channels: int, count: int, seed: int) -> Pre
             classes=[],
             mean=[round(float(value), 6) for value in mean],
             std=[round(float(value), 6) for value in std],
-            checksums={"images": checksum(pixels)},
+            checksums={"images": checksum},
         ),
     )
 

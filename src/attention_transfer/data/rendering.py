@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from attention_transfer.data import views
@@ -12,8 +13,20 @@ from attention_transfer.data.file_pixels import FilePixels
 from attention_transfer.data.image_files import Shape
 from attention_transfer.data.views import ViewRecipe
 
-Render = Callable[[np.ndarray, int], Tensor]
-"""Rows of a set of images and a view number to normalised views (batch, channels, size, size)."""
+if TYPE_CHECKING:
+    from attention_transfer.data.workers import Begun
+
+AHEAD = 2  # batches that processes may be at, or have done: the one that is waited for, and the next
+
+
+class Render(Protocol):
+    """Gives views of images by row."""
+
+    def __call__(self, rows: np.ndarray, view: int) -> Tensor:
+        """Rows of a set of images and a view number to normalised views (batch, channels, size, size)."""
+
+    def begin(self, rows: np.ndarray, view: int) -> None:
+        """Says that these will be asked for soon; what they are does not depend on it."""
 
 
 def views_of(recipe: ViewRecipe, pixels: np.ndarray | FilePixels, examples: np.ndarray) -> Render:
@@ -27,16 +40,49 @@ def views_of(recipe: ViewRecipe, pixels: np.ndarray | FilePixels, examples: np.n
         examples: int64 (count,), the images' numbers in their data set.
     """
     if isinstance(pixels, np.ndarray) and recipe.rand_augment is None:
-        return lambda rows, view: views.render(recipe, pixels[rows], examples[rows], view)
-    from attention_transfer.data import workers
+        return _InMemory(recipe, pixels, examples)
+    return _ByWorkers(recipe, pixels, examples)
 
-    def render(rows: np.ndarray, view: int) -> Tensor:
-        if isinstance(pixels, np.ndarray):
-            size = pixels.shape[-1]
-            pictures, shape = list(pixels[rows]), Shape(pixels.shape[1], resize=size, size=size)
+
+class _InMemory:
+    def __init__(self, recipe: ViewRecipe, pixels: np.ndarray, examples: np.ndarray) -> None:
+        self.recipe, self.pixels, self.examples = recipe, pixels, examples
+
+    def __call__(self, rows: np.ndarray, view: int) -> Tensor:
+        return views.render(self.recipe, self.pixels[rows], self.examples[rows], view)
+
+    def begin(self, rows: np.ndarray, view: int) -> None:
+        """Nothing: nobody else works on them."""
+
+
+class _ByWorkers:
+    """Asked by one thread at a time."""
+
+    def __init__(self, recipe: ViewRecipe, pixels: np.ndarray | FilePixels, examples: np.ndarray) -> None:
+        self.recipe, self.pixels, self.examples = recipe, pixels, examples
+        self._begun: dict[tuple[bytes, int], Begun] = {}
+
+    def __call__(self, rows: np.ndarray, view: int) -> Tensor:
+        begun = self._begun.pop((rows.tobytes(), view), None) or self._begin(rows, view)
+        normalised = torch.empty(len(rows), *self.pixels.shape[1:])
+        for part, drawn in begun.shares():
+            views.normalise(self.recipe, drawn, into=normalised[part])
+        return views.erase(self.recipe, normalised, self.examples[rows], view)
+
+    def begin(self, rows: np.ndarray, view: int) -> None:
+        """Has the processes work on them while this one is at something else; the oldest of too many are dropped."""
+        key = rows.tobytes(), view
+        if key not in self._begun:
+            self._begun[key] = self._begin(rows, view)
+        while len(self._begun) > AHEAD:
+            self._begun.pop(next(iter(self._begun))).drop()
+
+    def _begin(self, rows: np.ndarray, view: int) -> Begun:
+        from attention_transfer.data import workers
+
+        if isinstance(self.pixels, np.ndarray):
+            size = self.pixels.shape[-1]
+            pictures, shape = list(self.pixels[rows]), Shape(self.pixels.shape[1], resize=size, size=size)
         else:
-            pictures, shape = pixels.entries(rows), pixels.form
-        drawn = workers.render(pictures, shape, recipe, examples[rows], view)
-        return views.erase(recipe, views.normalise(recipe, drawn), examples[rows], view)
-
-    return render
+            pictures, shape = self.pixels.entries(rows), self.pixels.form
+        return workers.begin(pictures, shape, self.recipe, self.examples[rows], view)

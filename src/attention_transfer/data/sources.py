@@ -80,16 +80,16 @@ def read(data: Data) -> tuple[list[str], dict[str, ImageSet]]:
 
 
 def _in_files(data: Data) -> tuple[list[str], dict[str, ImageSet]]:
-    """Indexes both splits, each a folder or a tar of class folders; the images stay there."""
+    """Indexes both splits, in whichever of the layouts of `image_files.index`; the images stay there."""
     form = Shape(data.channels, data.resize, data.image_size)
     classes: list[str] | None = None
     sets = {}
     for name, split in (("train", data.train_split), ("test", data.test_split)):
-        folder = Path(data.folder) / split
-        root = next((path for path in (folder, folder.with_name(f"{split}.tar")) if path.exists()), None)
+        root = _split(Path(data.folder), split)
         if root is None:
             raise StudyError(
-                f"has neither a folder {split!r} nor a file {split}.tar with the images of this split",
+                f"has neither a folder {split!r} nor a file {split}.tar, {split}.json, {split}.parquet or "
+                f"{split}-*.parquet with the images of this split",
                 where=f"data.folder {data.folder}",
                 remedy="name what is there in data.train_split and data.test_split",
             )
@@ -97,6 +97,14 @@ def _in_files(data: Data) -> tuple[list[str], dict[str, ImageSet]]:
         sets[name] = ImageSet(FilePixels(files, np.arange(len(files)), form), labels)
     assert classes is not None
     return classes, sets
+
+
+def _split(folder: Path, name: str) -> Path | None:
+    """What holds a split's images: in a folder, a tar, an annotation file, or shards."""
+    for ending in ("", ".tar", ".json", ".parquet"):
+        if (path := folder / f"{name}{ending}").exists():
+            return path
+    return folder / f"{name}-*.parquet" if any(folder.glob(f"{name}-*.parquet")) else None
 
 
 def _fashion_mnist(folder: Path, prefix: str) -> ImageSet:

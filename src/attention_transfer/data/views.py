@@ -20,6 +20,7 @@ from torch.nn import functional as F
 CLEAN = -1
 """The number that stands for the image itself, without augmentation."""
 
+_CACHED = 2**18  # numbers, 1 MiB
 _ERASED_AREA = (0.02, 0.33)  # share of the image; Zhong et al. 2020, the defaults of torchvision and timm
 _ERASED_RATIO = (0.3, 3.3)
 # Where each use of a view's stream of random numbers begins, so that no two take the same ones.
@@ -151,13 +152,26 @@ def render(recipe: ViewRecipe, images: np.ndarray, examples: np.ndarray, views: 
     return erase(recipe, _crop_and_flip(recipe, pixels, random), examples, views)
 
 
-def normalise(recipe: ViewRecipe, images: np.ndarray | Tensor) -> Tensor:
-    """uint8 pixels to float32 with zero mean and unit deviation over the training images."""
+def normalise(recipe: ViewRecipe, images: np.ndarray | Tensor, *, into: Tensor | None = None) -> Tensor:
+    """uint8 pixels to float32 with zero mean and unit deviation over the training images.
+
+    Args:
+        into: float32 like the images, where they go; None for a new tensor.
+    """
     shape = (1, -1, 1, 1)
     mean = torch.tensor(recipe.mean).view(shape) * 255
     std = torch.tensor(recipe.std).view(shape) * 255
     pixels = images if isinstance(images, Tensor) else torch.from_numpy(np.ascontiguousarray(images))
-    return (pixels.float() - mean) / std
+    normalised = torch.empty(pixels.shape) if into is None else into
+    few = _few(pixels)
+    for start in range(0, len(pixels), few):
+        normalised[start : start + few].copy_(pixels[start : start + few]).sub_(mean).div_(std)
+    return normalised
+
+
+def _few(images: Tensor) -> int:
+    """How many stay in the processor's cache from one operation to the next."""
+    return max(1, _CACHED // max(1, images[:1].numel()))
 
 
 def _crop_and_flip(recipe: ViewRecipe, pixels: Tensor, random: Tensor) -> Tensor:
@@ -184,7 +198,7 @@ def erase(recipe: ViewRecipe, pixels: Tensor, examples: np.ndarray, views: np.nd
     """Random erasing (Zhong et al. 2020): with probability `erase` one rectangle of a view is replaced.
 
     Args:
-        pixels: normalised views, (batch, channels, size, size).
+        pixels: normalised views, (batch, channels, size, size), which are changed.
 
     Returns:
         The same with the mean colour, which is 0 here, in the rectangle; or with normal noise in each value of it, as
@@ -205,17 +219,22 @@ def erase(recipe: ViewRecipe, pixels: Tensor, examples: np.ndarray, views: np.nd
         return (centres >= start[:, None]) & (centres < (start + length)[:, None])
 
     columns, rows = inside(across * (1 - width), width), inside(down * (1 - height), height)
-    erased = rows[:, :, None] & columns[:, None, :] & (happens < recipe.erase)[:, None, None]
     if recipe.erase_with == "mean":
-        return pixels.masked_fill(erased[:, None], 0.0)
-    everywhere = erased[:, None].expand(pixels.shape)
-    return pixels.masked_scatter(everywhere, _noise(recipe.key, everywhere, examples, views))
+        erased = rows[:, :, None] & columns[:, None, :] & (happens < recipe.erase)[:, None, None]
+        return pixels.masked_fill_(erased[:, None], 0.0)
+    states = np.broadcast_to(_states(recipe.key, examples, views), examples.shape)
+    for chosen in torch.nonzero(happens < recipe.erase).flatten().split(_few(pixels)):
+        where = rows[chosen, :, None] & columns[chosen, None, :]
+        part = pixels[chosen]
+        everywhere = where[:, None].expand(part.shape)
+        pixels[chosen] = part.masked_scatter_(everywhere, _noise(states[chosen.numpy()], everywhere))
+    return pixels
 
 
-def _noise(key: int, where: Tensor, examples: np.ndarray, views: np.ndarray | int) -> Tensor:
+def _noise(states: np.ndarray, where: Tensor) -> Tensor:
     """A normal number for each chosen value, of (image, view, place in it) alone (Box & Muller 1958)."""
-    rows, places = np.divmod(np.flatnonzero(where.numpy()), where[0].numel())
-    states = np.broadcast_to(_states(key, examples, views), examples.shape)[rows]
+    rows, places = np.divmod(np.flatnonzero(where.numpy()), where.shape[1:].numel())
+    states = states[rows]
     counters = np.uint64(SKIPPED["noise"]) + np.uint64(2) * places.astype(np.uint64)
     radius = np.sqrt(-2 * np.log1p(-_uniforms(states, counters)))
     return torch.from_numpy(

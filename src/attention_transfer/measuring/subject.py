@@ -99,7 +99,7 @@ class Subject:
             count=len(self.images),
             views=model.views,
             labels=np.zeros(len(self.images), np.int64) if model.labelled else None,
-            render=lambda rows, view: render(rows, view).to(self.device),
+            render=render,
             batch_size=batch_size,
             seed=0,
             device=self.device,

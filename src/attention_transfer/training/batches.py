@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
-Render = Callable[[np.ndarray, int], Tensor]
-"""Rows of the training images and a view number to normalised images (batch, channels, size, size)."""
+
+class Render(Protocol):
+    """Views of images by row."""
+
+    def __call__(self, rows: np.ndarray, view: int) -> Tensor:
+        """Rows of the training images and a view number to normalised images (batch, channels, size, size)."""
+
+    def begin(self, rows: np.ndarray, view: int) -> None:
+        """Says that these will be asked for soon; what they are does not depend on it."""
 
 
 class Images(Protocol):
@@ -27,6 +33,9 @@ class Images(Protocol):
 
     def render(self, rows: np.ndarray, view: int) -> Tensor:
         """(batch, channels, size, size)."""
+
+    def begin(self, rows: np.ndarray, view: int) -> None:
+        """Says that these will be rendered soon; what they are does not depend on it."""
 
     def targets(self, rows: np.ndarray, view: int) -> Tensor:
         """Labels (batch,), or the classes' shares (batch, classes)."""

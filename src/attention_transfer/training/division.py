@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from attention_transfer import processes
 from attention_transfer.errors import StudyError
@@ -35,6 +36,21 @@ class Division:
 
 
 UNDIVIDED = Division(0, (WHOLE,), 1)
+
+
+class Pass(NamedTuple):
+    """Which examples a pass works on."""
+
+    epoch: int
+    step: int
+    part: slice
+
+    def following(self, division: Division, *, steps_per_epoch: int) -> Pass:
+        """The pass that this process works on next."""
+        if self.part != division.passes[-1]:
+            return self._replace(part=division.passes[division.passes.index(self.part) + 1])
+        epoch, step = divmod(self.epoch * steps_per_epoch + self.step + 1, steps_per_epoch)
+        return Pass(epoch, step, division.passes[0])
 
 
 def divide(

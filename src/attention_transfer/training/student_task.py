@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attention_transfer.training.batches import Images, order, paired
-from attention_transfer.training.division import UNDIVIDED, WHOLE, Division
+from attention_transfer.training.division import UNDIVIDED, WHOLE, Division, Pass
 from attention_transfer.training.prefetch import Prefetch
 from attention_transfer.transfer.method import Given, Method
 from attention_transfer.transfer.teacher_source import CachedTeacher, TeacherSource
@@ -26,19 +26,12 @@ class _Batch(NamedTuple):
     given: Given | None
 
 
-class _Request(NamedTuple):
-    """Which examples a pass reads."""
-
-    epoch: int
-    step: int
-    part: slice
-
-
 class StudentTask:
     """Trains a student on labelled images, one view of each an epoch.
 
     While a pass is worked on, a thread renders the next one's views and reads their attention from the cache. It
-    ends with the `with` block.
+    ends with the `with` block. Images that other processes decode are begun one pass earlier still, so that these
+    are never without work.
 
     Args:
         images: the labelled ones.
@@ -71,7 +64,7 @@ class StudentTask:
         self.steps_per_epoch = len(images) // batch_size
         self.division = division
         self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-        self._batches: Prefetch[_Request, _Batch] = Prefetch(self._read)
+        self._batches: Prefetch[Pass, _Batch] = Prefetch(self._read)
 
     def __enter__(self) -> Self:
         return self
@@ -94,7 +87,7 @@ class StudentTask:
         return known[1][step * self.batch_size : (step + 1) * self.batch_size]
 
     def losses(self, epoch: int, step: int, part: slice = WHOLE) -> dict[str, Tensor]:
-        request = _Request(epoch, step, part)
+        request = Pass(epoch, step, part)
         batch = self._batches.take(request)
         self._batches.ask(self._next(request))
         with self._autocast():
@@ -108,16 +101,16 @@ class StudentTask:
     def validate(self, model: nn.Module) -> dict[str, float]:
         return {"validation_accuracy": self.accuracy(model)}
 
-    def _next(self, request: _Request) -> _Request:
-        passes = self.division.passes
-        if request.part != passes[-1]:
-            return request._replace(part=passes[passes.index(request.part) + 1])
-        epoch, step = divmod(request.epoch * self.steps_per_epoch + request.step + 1, self.steps_per_epoch)
-        return _Request(epoch, step, passes[0])
+    def _next(self, request: Pass) -> Pass:
+        return request.following(self.division, steps_per_epoch=self.steps_per_epoch)
 
-    def _read(self, request: _Request) -> _Batch:
-        epoch, step, part = request
-        rows, view = self.rows(epoch, step)[part], epoch % self.views
+    def _shown(self, request: Pass) -> tuple[np.ndarray, int]:
+        """Rows and view number."""
+        return self.rows(request.epoch, request.step)[request.part], request.epoch % self.views
+
+    def _read(self, request: Pass) -> _Batch:
+        epoch, (rows, view) = request.epoch, self._shown(request)
+        self.images.begin(*self._shown(self._next(request)))
         images, targets = self.images.render(rows, view), self.images.targets(rows, view)
         with self._autocast():
             given = self._taught(images, rows, epoch) if isinstance(self.teacher, CachedTeacher) else None
