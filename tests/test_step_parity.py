@@ -37,11 +37,32 @@ HEAD_DIM = (
     WIDTH // HEADS
 )  # a power of 4, as ViT-L's 64 is not: its root is a power of 2, exact in every format
 ARCHITECTURE = {"patch_size": PATCH, "width": WIDTH, "depth": DEPTH, "heads": HEADS, "mlp_ratio": 2.0}
-DISTILLED = (0, 1)  # of 3 layers, as the first 18 of 24
 EPOCHS, WARMUP_EPOCHS, IMAGES, BATCH, VIEWS = 3, 1.0, 24, 12, 2
 STEPS_PER_EPOCH = IMAGES // BATCH
 CLOSE: dict[str, float] = {"rtol": 1e-9, "atol": 1e-11}
 """Adam divides each gradient by its own size, and so makes the rounding of a small one large."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of the preset, at this file's size.
+
+    Attributes:
+        distilled: of 3 layers: the first 2, as 18 of 24.
+        shares: whether the teacher drops what the student drops; only the last layer's map can tell.
+    """
+
+    method: str
+    distilled: tuple[int, ...] = (0, 1)
+    shares: bool = False
+
+
+CASES = {
+    "copy": Case("copy"),
+    "distill": Case("distill"),
+    "copy, shared depth": Case("copy", shares=True),
+    "distill, shared depth": Case("distill", (0, 1, 2), shares=True),
+}
 
 
 # --- what the project does
@@ -93,15 +114,17 @@ class Silent:
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
 
 
-def small(method: str) -> Study:
+def small(case: Case) -> Study:
     """The preset's run with its recipe, on the tiny study's images and a teacher of this file's size."""
     preset = config.load(PRESET)
-    run = preset.runs[method].model_dump()
+    run = preset.runs[case.method].model_dump()
     run |= {"teacher": "first", "epochs": EPOCHS, "warmup_epochs": WARMUP_EPOCHS, "batch_size": BATCH}
-    if method == "distill":
-        run["layers"] = DISTILLED
+    if case.method == "distill":
+        run["layers"] = case.distilled
+    if case.shares:
+        run |= {"drop_path": 0.2, "shares_stochastic_depth": True}
     return tiny_study.make_study(
-        method,
+        case.method,
         {
             "runs.run": run,
             "views.mixup": preset.views.mixup,
@@ -113,10 +136,10 @@ def small(method: str) -> Study:
     )
 
 
-def train(method: str, folder: Path, patch: pytest.MonkeyPatch) -> Training:
+def train(case: Case, folder: Path, patch: pytest.MonkeyPatch) -> Training:
     tiny_study.write_inputs(folder)
     patch.chdir(folder)
-    study, layout = small(method), Layout("tiny")
+    study, layout = small(case), Layout("tiny")
     arguments = vit.model_arguments(study.teachers["first"].architecture, image_size=8, channels=1, classes=0)
     teacher = vit.create(arguments, seed=1)
     with torch.random.fork_rng(), torch.no_grad():
@@ -257,7 +280,23 @@ def predictions(weights: Weights, tokens: Tensor) -> Tensor:
     return linear(weights, "head", norm(weights, "fc_norm", tokens[:, 1:].mean(dim=1)))
 
 
-def teacher_maps(weights: Weights, images: Tensor) -> list[Tensor]:
+def dropping(kept: list[Tensor]) -> Keep:
+    """Stochastic depth: from 0 in the first layer to 0.2 in the last (Huang et al., 2016), in timm's float32.
+
+    Args:
+        kept: 0 or 1 for each image, of both branches of every layer but the first; none for no stochastic depth.
+    """
+    places = [(layer, branch) for layer in range(1, DEPTH) for branch in (0, 1)]
+    masks = dict(zip(places, kept, strict=True)) if kept else {}
+
+    def keep(layer: int, branch: int, added: Tensor) -> Tensor:
+        rate = float(np.float32(0.2 * layer / (DEPTH - 1)))
+        return added * masks[layer, branch] / (1 - rate) if (layer, branch) in masks else added
+
+    return keep
+
+
+def teacher_maps(weights: Weights, images: Tensor, keep: Keep) -> list[Tensor]:
     """The teacher's maps of every layer, from queries and keys that went through float16."""
     maps: list[Tensor] = []
 
@@ -266,12 +305,12 @@ def teacher_maps(weights: Weights, images: Tensor) -> list[Tensor]:
         maps.append(softmax(logits(queries.half().double(), keys.half().double())))
         return softmax(logits(queries, keys)) @ values
 
-    blocks(weights, images, attend, lambda layer, branch, added: added)
+    blocks(weights, images, attend, keep)
     return maps
 
 
 def losses(
-    method: str, weights: Weights, batch: tuple[Tensor, Tensor], *, maps: list[Tensor], kept: list[Tensor]
+    case: Case, weights: Weights, batch: tuple[Tensor, Tensor], *, maps: list[Tensor], keep: Keep
 ) -> tuple[Tensor, Tensor]:
     """The task's, and the attention's summed over layers (zero for copy)."""
     images, targets = batch
@@ -279,23 +318,15 @@ def losses(
 
     def attend(layer: int, tokens: Tensor) -> Tensor:
         nonlocal attention
-        if method == "copy":
+        if case.method == "copy":
             return maps[layer] @ by_head(linear(weights, f"blocks.{layer}.attn.value", tokens))
         queries, keys, values = queries_keys_values(weights, layer, tokens)
         scores = logits(queries, keys)
-        if layer in DISTILLED:
+        if layer in case.distilled:
             attention = attention - (maps[layer] * log_softmax(scores)).sum(dim=-1).mean()
         return softmax(scores) @ values
 
-    masks = iter(kept)
-
-    def keep(layer: int, branch: int, added: Tensor) -> Tensor:
-        """Stochastic depth: from 0 in the first layer to 0.2 in the last (Huang et al., 2016), in timm's float32."""
-        rate = float(np.float32(0.2 * layer / (DEPTH - 1)))
-        return added * next(masks) / (1 - rate) if kept and rate > 0 else added
-
     predicted = log_softmax(predictions(weights, blocks(weights, images, attend, keep)))
-    assert next(masks, None) is None  # all of them are used
     smooth = 0.9 * targets + 0.1 / CLASSES
     return -(smooth * predicted).sum(dim=-1).mean(), attention
 
@@ -357,21 +388,23 @@ class AdamW:
             self.weights[name] = weight - own * mean / (size + 1e-8)
 
 
-@pytest.mark.parametrize("method", ["copy", "distill"])
+@pytest.mark.parametrize("run", CASES)
 def test_training_is_what_the_papers_equations_say(
-    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = train(method, tmp_path, monkeypatch)
+    case = CASES[run]
+    done = train(case, tmp_path, monkeypatch)
     teacher = {name: value.double() for name, value in done.parts.teacher("first").state_dict().items()}
     assert len(done.steps) == EPOCHS * STEPS_PER_EPOCH
-    optimiser = AdamW(RECIPES[method], dict(done.first))
+    optimiser = AdamW(RECIPES[case.method], dict(done.first))
     average: dict[str, Tensor] = {}
     seen: list[tuple[float, float]] = []
     for number, found in enumerate(done.steps):
         images, targets = batch(done.parts, *divmod(number, STEPS_PER_EPOCH))
         weights = {name: weight.clone().requires_grad_() for name, weight in optimiser.weights.items()}
-        maps = teacher_maps(teacher, images)
-        task, attention = losses(method, weights, (images, targets), maps=maps, kept=found.kept)
+        own = found.kept[-2 * (DEPTH - 1) :]  # what the student drew, behind what the teacher did
+        maps = teacher_maps(teacher, images, dropping(own if case.shares else []))
+        task, attention = losses(case, weights, (images, targets), maps=maps, keep=dropping(own))
         total = task + ATTENTION_WEIGHT * attention
         total.backward()
         seen.append((task.item(), attention.item()))
@@ -395,7 +428,7 @@ def test_training_is_what_the_papers_equations_say(
 
 def test_the_steps_show_all_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the comparison is one: both ways of mixing, dropped branches, maps that differ, weights that move."""
-    done = train("distill", tmp_path, monkeypatch)
+    done = train(CASES["distill"], tmp_path, monkeypatch)
     mixer = done.parts.labelled.mixing
     assert mixer is not None
     boxes = mixing.draw(mixer, 0).boxes.any(axis=1)
@@ -404,7 +437,7 @@ def test_the_steps_show_all_of_the_recipe(tmp_path: Path, monkeypatch: pytest.Mo
     assert all(len(step.kept) == 2 * (DEPTH - 1) for step in done.steps)  # the first layer drops nothing
     assert any((mask == 0).any() for step in done.steps for mask in step.kept)
     teacher = {name: value.double() for name, value in done.parts.teacher("first").state_dict().items()}
-    maps = torch.stack(teacher_maps(teacher, batch(done.parts, 0, 0)[0]))
+    maps = torch.stack(teacher_maps(teacher, batch(done.parts, 0, 0)[0], dropping([])))
     assert maps.std(dim=-1).mean() > 0.05
     assert all(torch.equal(done.steps[0].weights[name], weight) for name, weight in done.first.items())
     assert all(not torch.equal(done.steps[1].weights[name], weight) for name, weight in done.first.items())

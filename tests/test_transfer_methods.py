@@ -528,6 +528,7 @@ CHANGES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("runs.run.batch_size", 6, EVERY),
     ("runs.run.label_smoothing", 0.0, EVERY),
     ("runs.run.drop_path", 0.5, BODY),
+    ("runs.run.shares_stochastic_depth", True, TRANSFER),
     ("runs.run.ema", 0.5, EVERY),
     ("views.per_image", 3, ("scratch", "distill")),
     ("views.crop_scale", (0.2, 1.0), ("scratch",)),
@@ -611,6 +612,8 @@ def test_every_key_changes_the_trained_weights(name: str, key: str, value: Any, 
     beside = {
         "runs.run.heads_per_layer": {"runs.run.layers": (0, 1)},  # what `all` means here
         "views.erase_with": {"views.erase": 0.9},
+        # The first layer drops nothing, and what the last one drops comes behind its map.
+        "runs.run.shares_stochastic_depth": {"runs.run.teacher": "deep", "runs.run.drop_path": 0.5},
     }.get(key, {})
     assert differ(train(name, beside), train(name, {**beside, key: value}))
 

@@ -48,6 +48,7 @@ _PARAMS: dict[str, Any] = {
     "teachers": {
         "first": {"kind": "untrained", "architecture": ARCHITECTURE, "seed": 1},
         "second": {"kind": "untrained", "architecture": {**ARCHITECTURE, "mlp_ratio": 3.0}, "seed": 2},
+        "deep": {"kind": "untrained", "architecture": {**ARCHITECTURE, "depth": 3}, "seed": 5},
     },
     "evaluation": {
         "sets": ("validation",), "shifts": (), "severities": (), "shift_images": 9, "published": {},
