@@ -140,14 +140,7 @@ def train(case: Case, folder: Path, patch: pytest.MonkeyPatch) -> Training:
     tiny_study.write_inputs(folder)
     patch.chdir(folder)
     study, layout = small(case), Layout("tiny")
-    arguments = vit.model_arguments(study.teachers["first"].architecture, image_size=8, channels=1, classes=0)
-    teacher = vit.create(arguments, seed=1)
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(1)
-        for block in teacher.blocks:
-            block.attn.qkv.weight.normal_(std=0.5)  # maps that are far from uniform
-    vit.save(layout.teacher("first"), teacher, arguments)
-
+    tiny_study.write_teacher(folder, study, "first")
     done = Training(study, InFloat64(study, layout, tiny_study.CPU))
     kept: list[Tensor] = []
     student: list[Any] = []
