@@ -72,7 +72,7 @@ def _twin(block: nn.Module) -> nn.Module:
     `copy.copy` would call the class, and that of a sharded block makes an unsharded one.
     """
     twin: nn.Module = object.__new__(type(block))
-    twin.__setstate__(block.__getstate__())  # type: ignore[no-untyped-call]
+    twin.__setstate__(block.__getstate__())
     return twin
 
 

@@ -37,7 +37,7 @@ def whole(value: Any) -> Any:
     from torch.distributed.tensor import DTensor
 
     if isinstance(value, DTensor):
-        return value.detach().full_tensor().cpu()
+        return value.full_tensor().detach().cpu()
     if isinstance(value, Mapping):
         return {key: whole(item) for key, item in value.items()}
     return value

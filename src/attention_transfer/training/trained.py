@@ -66,7 +66,7 @@ class Trained:
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.module.state_dict(),
         }
-        return sharding.whole(state) if self.sharded else state  # type: ignore[no-any-return]
+        return sharding.whole(state) if self.sharded else state
 
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from what `state` gave."""
