@@ -34,12 +34,14 @@ SLURM = {
     "sbatch": """
 import os, pathlib, subprocess, sys
 place = pathlib.Path(os.environ["FAKE_SLURM"])
-(place / "script").write_text(pathlib.Path(sys.argv[-1]).read_text())
+script = pathlib.Path(sys.argv[-1]).read_text()
+nodes = int(script.partition("--nodes=")[2].split()[0])
+(place / "script").write_text(script)
 with (place / "calls").open("a") as calls: calls.write("sbatch" + chr(10))
 subprocess.Popen(["bash", str(place / "script")], start_new_session=True,
     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    env={**os.environ, "SLURM_JOB_ID": "12", "SLURM_NTASKS": "1", "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0",
-         "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "here"})
+    env={**os.environ, "SLURM_JOB_ID": "12", "SLURM_NTASKS": str(nodes), "SLURM_JOB_NUM_NODES": str(nodes),
+         "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": ",".join(["localhost"] * nodes)})
 print("Submitted batch job 12")
 """,
     "srun": """
@@ -48,10 +50,14 @@ place, options, rest = pathlib.Path(os.environ["FAKE_SLURM"]), {}, sys.argv[1:]
 while rest and rest[0].startswith("-"):
     name = rest.pop(0)
     if name in ("--output", "--error"):
-        options[name] = open(rest.pop(0).replace("%j", "12").replace("%t", "0"), "ab")
-job = subprocess.Popen(rest, stdout=options["--output"], stderr=options.get("--error"))
-(place / "pid").write_text(str(job.pid))
-sys.exit(job.wait())
+        options[name] = rest.pop(0)
+jobs = []
+for task in range(int(os.environ["SLURM_NTASKS"])):
+    logs = {name: open(file.replace("%j", "12").replace("%t", str(task)), "ab") for name, file in options.items()}
+    jobs.append(subprocess.Popen(rest, stdout=logs["--output"], stderr=logs.get("--error"),
+        env={**os.environ, "SLURM_PROCID": str(task), "SLURM_NODEID": str(task)}))
+(place / "pid").write_text(str(jobs[0].pid))
+sys.exit(max(job.wait() for job in jobs))
 """,
     "sacct": """
 import os, pathlib
@@ -72,6 +78,27 @@ subprocess.Popen(["bash", str(place / "script")], start_new_session=True,
     stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 """,
 }
+
+
+NODE = """
+import sys
+from attention_transfer import launching
+from attention_transfer.machine_file import Machine
+machine = Machine(device="cpu", processes=int(sys.argv[1]))
+sys.exit(launching.launch(machine, [sys.executable, "worker.py", sys.argv[2]]) if launching.is_wanted(machine) else 9)
+"""
+WORKER = """
+import os, sys, torch
+from pathlib import Path
+from attention_transfer import processes
+processes.join(torch.device("cpu"))
+number, count = processes.number(), processes.count()
+assert processes.collected(number) == list(range(count))
+Path(f"rank-{number}").write_text(f"{count} {os.environ['LOCAL_RANK']}")
+code = int(sys.argv[1])
+if code and number == count - 1: sys.exit(code)
+processes.collected(number)
+"""
 
 
 @pytest.fixture
@@ -128,6 +155,34 @@ def test_a_job_ends_as_its_stage_does_and_its_log_is_shown(
         assert "#SBATCH --partition=some" in script
         assert "#SBATCH --time=7" in script
         assert "#SBATCH --job-name=train-a-0" in script
+
+
+@pytest.mark.slow
+def test_the_launchers_of_two_nodes_meet(
+    folder: Path, slurm: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One after the other: the job's number, which is always 12 here, decides the port."""
+    (folder / "node.py").write_text(NODE)
+    (folder / "worker.py").write_text(WORKER)
+    for each, code in ((1, 0), (2, 5)):
+        command = [sys.executable, "node.py", str(each), str(code)]
+        found = cluster.run(Machine(slurm={"nodes": 2}), command, label="two", folder=Path(f"logs-{each}"))
+        ranks = {path.name: path.read_text() for path in folder.glob("rank-*")}
+        assert ranks == {f"rank-{number}": f"{2 * each} {number % each}" for number in range(2 * each)}
+        assert (found == 0) == (code == 0)
+        assert "#SBATCH --nodes=2" in (slurm / "script").read_text()
+        told = capfd.readouterr().err
+        assert (f"error: process {2 * each - 1} of {2 * each} ended with exit code 5" in told) == (code == 5)
+
+
+@pytest.mark.slow
+def test_what_one_process_must_do_gets_one_node(folder: Path, slurm: Path) -> None:
+    command = [sys.executable, "program.py", "0", "ends"]
+    assert (
+        cluster.run(Machine(slurm={"nodes": 2}), command, label="x", folder=Path("logs"), one_node=True) == 0
+    )
+    assert "#SBATCH --nodes=1" in (slurm / "script").read_text()
+    assert len(begun(folder)) == 1
 
 
 @pytest.mark.slow
@@ -191,6 +246,10 @@ def test_what_is_not_there_or_not_known_is_named(folder: Path, monkeypatch: pyte
     with pytest.raises(StudyError, match=r"submitit refuses its parameters: .*nonsense") as caught:
         run("local", machine=Machine(slurm={"nonsense": 1}))
     assert caught.value.where == "machine.yaml: slurm"
+    with pytest.raises(
+        StudyError, match="tasks_per_node is 8, but a stage starts its processes on a node itself"
+    ):
+        run("local", machine=Machine(slurm={"tasks_per_node": 8}))
     monkeypatch.setenv("PATH", str(folder))
     assert shutil.which("srun") is None
     with pytest.raises(StudyError, match="the job was not accepted"):

@@ -385,6 +385,11 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("runs.linear_probe.layer_decay", 0.5, "runs.linear_probe.layer_decay, drop_path: linear_probe trains"),
     ("runs.scratch.warmup_epochs", 80, "runs.scratch.warmup_epochs: 80.0 is not below epochs, 80"),
     ("runs.scratch.min_learning_rate", 0.1, "runs.scratch.min_learning_rate: larger than learning_rate"),
+    (
+        "runs.scratch.shares_stochastic_depth",
+        True,
+        "runs.scratch.shares_stochastic_depth: method scratch transfers no attention; remove this key",
+    ),
     ("training.curve_images", 3001, "training.curve_images: 3001 is more than the 3000 validation images"),
     ("runs.scratch.batch_size", 501, "runs.scratch.batch_size: 501 is more than the 500 labelled images"),
     ("runs.scratch.learning_rate", "1e-3x", "runs.scratch.learning_rate: '1e-3x' is refused"),
@@ -416,6 +421,18 @@ def test_an_impossible_value_is_refused(key: str, value: Any, says: str, tmp_pat
 
 
 CONFLICTS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"shares_stochastic_depth": True},
+        "runs.copy.shares_stochastic_depth: drop_path is 0: nothing is dropped",
+    ),
+    (
+        {"shares_stochastic_depth": True, "drop_path": 0.2, "average": "examples"},
+        "runs.copy.shares_stochastic_depth: the mean over examples is taken before the training",
+    ),
+    (
+        {"shares_stochastic_depth": True, "drop_path": 0.2},
+        "runs.copy.shares_stochastic_depth: attention from a cache knows no step's masks",
+    ),
     (
         {"transfer": "key", "average": "heads"},
         "runs.copy.average: concerns maps, and transfer is key; remove this key",
@@ -859,6 +876,16 @@ def test_a_crop_larger_than_the_resized_image(tmp_path: Path) -> None:
     assert "data.resize: 20 is smaller than image_size, 28" in refusal(tmp_path, values)
 
 
+def test_masks_are_shared_by_networks_of_equal_depth(tmp_path: Path) -> None:
+    values = changed(attention__source="online")
+    run = values["runs"]["copy"]
+    run |= {"shares_stochastic_depth": True, "drop_path": 0.2}
+    assert load(tmp_path, values).runs["copy"].shares_stochastic_depth
+    run |= {"architecture": {**ARCHITECTURE, "depth": 3}}
+    says = "runs.copy.shares_stochastic_depth: the student has 3 layers, the teacher"
+    assert says in refusal(tmp_path, values)
+
+
 def test_keys_that_came_later_stand_in_no_record_where_they_are_left_out() -> None:
     """So that fingerprints and resolved params of studies without them stay what they are."""
     sizes = {"patch_size": 7, "width": 96, "depth": 6, "heads": 4, "mlp_ratio": 4.0}
@@ -873,6 +900,18 @@ def test_keys_that_came_later_stand_in_no_record_where_they_are_left_out() -> No
         **sizes, "components": (), "class_token": False, "timm": "vit_base_patch16_siglip_224",
     }  # fmt: skip
     assert stated.tokens(28) == 16
+    recipe = {
+        "method": "copy",
+        "teacher": "mae",
+        "layers": "all",
+        "learning_rate": 0.1,
+        "epochs": 9,
+        "batch_size": 8,
+    }
+    run = config.Run(**recipe, drop_path=0.1)
+    assert "shares_stochastic_depth" not in run.model_dump(mode="json")
+    shares = config.Run(**recipe, drop_path=0.1, shares_stochastic_depth=True)
+    assert shares.model_dump() == {**run.model_dump(), "shares_stochastic_depth": True}
     assert config.Architecture(**sizes, components=("registers",), register_tokens=1).tokens(28) == 18
 
 

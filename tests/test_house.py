@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "stop_signals": (),
     "machine_file": ("errors",),
     "launching": ("errors", "machine_file"),
-    "cluster": ("errors", "machine_file", "stop_signals"),
+    "cluster": ("errors", "launching", "machine_file", "stop_signals"),
     "processes": (),
     "draws": (),
     "lock_file": ("errors", "files"),
@@ -46,6 +46,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "models": ("blocks", "config", "draws", "errors", "files"),
     # Transfer knows tensors, and attention as they are read and replaced, but no model by name.
     "transfer": ("errors", "files", "models.attention", "models.tokens"),
+    "transfer.teacher_source": ("models.attention", "models.stochastic_depth", "models.tokens", "transfer"),
     "transfer.losses": ("blocks",),
     "transfer.joint_attention": ("blocks", "transfer.losses"),
     "transfer.methods": (

@@ -32,11 +32,11 @@ def test_what_is_empty_says_nothing(text: str, folder: Path) -> None:
 
 def test_the_file_is_read_and_the_environment_wins(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / FILE).write_text(
-        "device: cuda\nprocesses: 8\nmicro_batch: 64\ncompile: true\ncheckpointing: true\n"
+        "device: cuda\nprocesses: 8\nmicro_batch: 64\ncompile: true\ncheckpointing: true\nsharding: fsdp\n"
         "launcher: slurm\nslurm:\n  slurm_partition: gpu\n"
     )
     assert settings().choices() == {
-        "device": "cuda", "processes": 8, "micro_batch": 64, "compile": True, "checkpointing": True,
+        "device": "cuda", "processes": 8, "micro_batch": 64, "compile": True, "checkpointing": True, "sharding": "fsdp",
         "launcher": "slurm", "slurm": {"slurm_partition": "gpu"},
     }  # fmt: skip
     for name, text in {"processes": "2", "compile": "false", "threads": "3"}.items():

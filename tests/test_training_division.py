@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -33,6 +35,24 @@ def test_every_example_is_in_one_pass(batch: int, among: int, micro_batch: int |
     assert max(map(len, seen)) <= (micro_batch or batch)
     if pairs:
         assert all(len(rows) % 2 == 0 and rows[0] % 2 == 0 for rows in seen)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("batch", [10, 12, 14, 26])
+def test_in_step_all_processes_have_as_many_passes(batch: int, pairs: bool) -> None:
+    options: dict[str, Any] = {"micro_batch": 4, "pairs": pairs, "in_step": True, "where": ""}
+    divisions = [divide(batch, process=number, among=3, **options) for number in range(3)]
+    assert len({len(division.passes) for division in divisions}) == 1
+    seen = [np.arange(batch)[part] for division in divisions for part in division.passes]
+    np.testing.assert_array_equal(np.concatenate(seen), np.arange(batch))
+    assert 0 < min(map(len, seen)) <= max(map(len, seen)) <= 4
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_an_empty_pass_is_refused(process: int) -> None:
+    with pytest.raises(StudyError, match="5 images are no whole number for each of 2") as caught:
+        divide(5, process=process, among=2, micro_batch=1, pairs=False, in_step=True, where="")
+    assert "set micro_batch to 2 or more" in caught.value.remedy
 
 
 def test_too_few_examples_for_the_processes_are_refused() -> None:

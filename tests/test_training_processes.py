@@ -19,7 +19,10 @@ import torch
 import working_together as work
 from torch import Tensor, nn
 
+from attention_transfer import processes
 from attention_transfer.machine_file import PROCESS, Machine
+from attention_transfer.training import execution
+from attention_transfer.training.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.slow  # starting the processes takes seconds
 
@@ -92,6 +95,22 @@ def test_two_processes_train_to_the_weights_of_one(name: str, together: dict[str
     assert worst[1] <= 1e-9, worst  # Adam divides by gradients that may be small
 
 
+@pytest.mark.parametrize("name", work.RESUMED)
+def test_two_processes_go_on_to_the_same_bits(name: str, together: dict[str, Any], folder: Path) -> None:
+    assert (folder / "stopped" / name / "state.pt").exists()
+    found, expected = together["resumed"][name], together["weights"][name]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_one_process_goes_on_where_two_that_shared_the_weights_stopped(
+    together: dict[str, Any], folder: Path, inside: Path
+) -> None:
+    name = "distill with an average, sharded"
+    found = work.weights(alone(work.TRAINED[name]), Checkpoint(folder / "stopped" / name))
+    assert max(differences(found, together["weights"][name]).values()) <= 1e-9
+
+
 @pytest.mark.parametrize("name", [*work.MANY_PASSES, *work.CHECKPOINTED])
 def test_passes_and_checkpoints_of_one_process_change_no_gradient(name: str, inside: Path) -> None:
     case = work.TOGETHER[name]
@@ -137,6 +156,15 @@ def test_compiled_students_have_the_gradients_of_eager_ones(
     assert max(differences(found, work.gradients(alone(case))).values()) <= 1e-5
 
 
+def test_what_is_spread_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    machine = Machine(sharding="fsdp", compile=True)
+    how = execution.choose(machine, batch=8, pairs=False, called="whole", shardable=True, where="")
+    assert how.paths(torch.device("cpu")) == {
+        "processes": "2 by gloo", "sharding": "fsdp", "compile": "no: the weights are spread over the processes",
+    }  # fmt: skip
+
+
 def test_the_record_tells_how_a_training_ran(inside: Path) -> None:
     machine = Machine(micro_batch=3, compile=True, checkpointing=True)
     _, how = work.task(work.Case("linear_probe", machine=machine))
@@ -145,3 +173,6 @@ def test_the_record_tells_how_a_training_ran(inside: Path) -> None:
     }  # fmt: skip
     _, how = work.task(work.Case("linear_probe"))
     assert how.paths(torch.device("cpu")) == {}
+    for case, why in (("linear_probe", "no: one process"), ("mae", "no: not a student")):
+        _, how = work.task(work.Case(case, machine=Machine(sharding="fsdp")))
+        assert how.paths(torch.device("cpu")) == {"sharding": why}

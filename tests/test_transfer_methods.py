@@ -528,6 +528,7 @@ CHANGES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("runs.run.batch_size", 6, EVERY),
     ("runs.run.label_smoothing", 0.0, EVERY),
     ("runs.run.drop_path", 0.5, BODY),
+    ("runs.run.shares_stochastic_depth", True, TRANSFER),
     ("runs.run.ema", 0.5, EVERY),
     ("views.per_image", 3, ("scratch", "distill")),
     ("views.crop_scale", (0.2, 1.0), ("scratch",)),
@@ -546,6 +547,15 @@ CHANGES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("data.seed", 1, ("scratch",)),
 ]
 
+DEEP = {
+    "teachers.deep": {
+        "kind": "untrained",
+        "architecture": {**tiny_study.ARCHITECTURE, "depth": 3},
+        "seed": 5,
+    },
+    "runs.run.teacher": "deep",
+}
+
 Train = Callable[..., dict[str, Tensor]]
 
 
@@ -553,6 +563,7 @@ Train = Callable[..., dict[str, Tensor]]
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     tiny_study.write_inputs(folder)
+    tiny_study.write_teacher(folder, tiny_study.make_study("distill", DEEP), "deep")
     return folder
 
 
@@ -611,6 +622,8 @@ def test_every_key_changes_the_trained_weights(name: str, key: str, value: Any, 
     beside = {
         "runs.run.heads_per_layer": {"runs.run.layers": (0, 1)},  # what `all` means here
         "views.erase_with": {"views.erase": 0.9},
+        # The first layer drops nothing, and what the last one drops comes behind its map.
+        "runs.run.shares_stochastic_depth": {**DEEP, "runs.run.drop_path": 0.5},
     }.get(key, {})
     assert differ(train(name, beside), train(name, {**beside, key: value}))
 

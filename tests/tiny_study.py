@@ -116,15 +116,8 @@ def write_inputs(folder: Path, size: int = 8) -> None:
     images.save(folder / layout.images, "made up", ["a", "b", "c"], {"train": train, "test": test})
     splits.save(folder / layout.splits, splits.draw(labels, study.data))
     write_sealed(folder / layout.resolved("run"), {})
-    for name, teacher in study.teachers.items():
-        assert isinstance(teacher, Untrained)
-        arguments = vit.model_arguments(teacher.architecture, image_size=size, channels=1, classes=0)
-        model = vit.create(arguments, seed=teacher.seed)
-        with torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(teacher.seed)
-            for block in model.blocks:
-                block.attn.qkv.weight.normal_(std=0.5)  # maps that are far from uniform
-        vit.save(folder / layout.teacher(name), model, arguments)
+    for name in study.teachers:
+        write_teacher(folder, study, name, size)
     arguments = vit.model_arguments(
         study.teachers["first"].architecture, image_size=size, channels=1, classes=3
     )
@@ -133,6 +126,19 @@ def write_inputs(folder: Path, size: int = 8) -> None:
         with torch.no_grad():
             tutor.head.weight.mul_(20.0)  # predictions that are far from uniform
         vit.save(folder / layout.finetuned_teacher(name), tutor, arguments)
+
+
+def write_teacher(folder: Path, study: Study, name: str, size: int = 8) -> None:
+    """Writes an untrained teacher."""
+    teacher = study.teachers[name]
+    assert isinstance(teacher, Untrained)
+    arguments = vit.model_arguments(teacher.architecture, image_size=size, channels=1, classes=0)
+    model = vit.create(arguments, seed=teacher.seed)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(teacher.seed)
+        for block in model.blocks:
+            block.attn.qkv.weight.normal_(std=0.5)  # maps that are far from uniform
+    vit.save(folder / Layout("tiny").teacher(name), model, arguments)
 
 
 def script(name: str) -> ModuleType:

@@ -8,6 +8,7 @@ Process 0 writes to FOLDER/outcomes.pt what all the checks gave. Tests call the 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,7 @@ from attention_transfer.evaluation.predictions import BATCH, predict_all
 from attention_transfer.machine_file import Machine
 from attention_transfer.models import pretraining, students
 from attention_transfer.teaching import teacher_source
-from attention_transfer.training import execution
+from attention_transfer.training import execution, sharding
 from attention_transfer.training.checkpoint import Checkpoint
 from attention_transfer.training.loop import fit
 from attention_transfer.training.passes import Passes
@@ -97,7 +98,8 @@ def task(case: Case) -> tuple[Any, execution.Execution]:
     ).to(case.dtype)
     how = execution.choose(
         case.machine, batch=run.batch_size, pairs=study.views.mixes,
-        called="in parts" if case.method in ("linear_probe", "distill_features") else "whole", where="",
+        called="in parts" if case.method in ("linear_probe", "distill_features") else "whole",
+        shardable=True, where="",
     )  # fmt: skip
     how.apply(student)
     method = methods.build(study, "run", student)
@@ -170,7 +172,7 @@ def pretraining_task(case: Case) -> tuple[Any, execution.Execution]:
 def gradients(case: Case) -> dict[str, Tensor]:
     """Gradients and losses of two steps from the first weights; the second after an update."""
     made, how = task(case)
-    passes = Passes(made, how.division)
+    passes = Passes(made, how.division, sharded=how.sharded)
     found = {}
     for number, (epoch, step) in enumerate(STEPS):
         made.train()
@@ -179,21 +181,53 @@ def gradients(case: Case) -> dict[str, Tensor]:
         found |= {f"{number} {name}": value.double() for name, value in losses.items()}
         for name, weight in made.model.named_parameters():
             if weight.grad is not None:
-                found[f"{number} {name}"] = weight.grad.double().clone()
-                weight.data.sub_(0.1 * weight.grad)
+                found[f"{number} {name}"] = sharding.whole(weight.grad).double().clone()
+                with torch.no_grad():
+                    weight.sub_(0.1 * weight.grad)
     close(made)
     return found
 
 
-def weights(case: Case) -> dict[str, Tensor]:
-    """Weights after training, the average of them where the case asks for one, and the curve."""
+def weights(case: Case, checkpoint: Checkpoint | None = None) -> dict[str, Tensor]:
+    """Weights after training, the average of them where the case asks for one, and the curve.
+
+    Args:
+        checkpoint: if there is one, a stop signal comes on the way, and the training goes on from it.
+    """
+    if checkpoint is not None:
+        try:
+            _trained(case, checkpoint, stopped_at=(1, 1))
+        except SystemExit:
+            processes.collected(None)  # until it is written
+    return _trained(case, checkpoint or Unsaved(Path("none")))
+
+
+class Unsaved(Checkpoint):
+    """Of a training that is not interrupted, however slow the machine."""
+
+    def save(self, state: dict[str, Any]) -> None: ...
+
+
+def _trained(
+    case: Case, checkpoint: Checkpoint, *, stopped_at: tuple[int, int] | None = None
+) -> dict[str, Tensor]:
     made, how = task(case)
+    losses = made.losses
+
+    def stopping(epoch: int, step: int, *part: slice) -> dict[str, Tensor]:
+        if (epoch, step) == stopped_at and processes.number() == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses(epoch, step, *part)
+
+    made.losses = stopping
     study = tiny_study.make_study(case.method, case.changes)
-    model, history = fit(
-        made, study.runs["run"], seed=0, clip_norm=1.0, validate_every=1, checkpoint=Checkpoint(Path("none")),
-        sink=Silent(), label="x", where="x", division=how.division,
-    )  # fmt: skip
-    close(made)
+    try:
+        model, history = fit(
+            made, study.runs["run"], seed=0, clip_norm=1.0, validate_every=1, checkpoint=checkpoint,
+            sink=Silent(), label="x", where="x", division=how.division, sharded=how.sharded,
+        )  # fmt: skip
+    finally:
+        close(made)
     curve = {
         f"{key} of epoch {row['epoch']}": torch.tensor(value, dtype=torch.float64)
         for row in history.rows
@@ -257,13 +291,30 @@ IN_BFLOAT16 = {
     f"{name}, bfloat16": Case(name, {"training.precision": "bfloat16"}, dtype=torch.float32)
     for name in ("copy", "distill")
 }
-TOGETHER = CASES | MANY_PASSES | CHECKPOINTED | IN_FLOAT32 | IN_BFLOAT16
+FSDP = {"sharding": "fsdp"}
+SHARDED = {
+    f"{name}, sharded{how}": replace(CASES[name], machine=Machine(**FSDP, **more))
+    for name, how, more in (
+        ("scratch", " in passes", PASSES),
+        ("linear_probe", "", {}),
+        ("copy", "", {}),
+        ("copy", " and checkpointed", {"checkpointing": True}),
+        ("distill, uneven", "", {}),
+        ("distill, stochastic depth", " and checkpointed", {"checkpointing": True}),
+        ("distill some heads", " in passes", PASSES),
+        ("distill_features", " and checkpointed", {"checkpointing": True}),
+    )
+}
+TOGETHER = CASES | SHARDED | MANY_PASSES | CHECKPOINTED | IN_FLOAT32 | IN_BFLOAT16
 TRAINED = {
     "scratch with an average": Case("scratch", {"runs.run.ema": 0.9}),
     "distill, uneven": Case("distill", UNEVEN),
     "copy, mixed, in passes": Case("copy", MIXED, Machine(micro_batch=2)),
     "linear_probe": Case("linear_probe"),
+    "distill with an average, sharded": Case("distill", {"runs.run.ema": 0.9}, Machine(**FSDP)),
+    "copy, mixed, in passes, sharded": Case("copy", MIXED, Machine(**FSDP, **PASSES)),
 }
+RESUMED = ("scratch with an average", "distill with an average, sharded")
 COUNTS = (1, BATCH, BATCH + 1, 3 * BATCH - 7, 4 * BATCH)
 
 
@@ -272,11 +323,13 @@ def main(folder: Path) -> None:
     torch.use_deterministic_algorithms(True)
     processes.join(tiny_study.CPU)
     os.chdir(folder)
-    outcomes: dict[str, Any] = {"gradients": {}, "weights": {}, "predicted": {}}
+    outcomes: dict[str, Any] = {"gradients": {}, "weights": {}, "resumed": {}, "predicted": {}}
     for name, case in TOGETHER.items():
         outcomes["gradients"][name] = gradients(case)
     for name, case in TRAINED.items():
         outcomes["weights"][name] = weights(case)
+    for name in RESUMED:
+        outcomes["resumed"][name] = weights(TRAINED[name], Checkpoint(folder / "stopped" / name))
     for count in COUNTS:
         logits, asked = predicted(count)
         outcomes["predicted"][count] = logits, processes.collected(asked)

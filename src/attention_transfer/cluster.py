@@ -8,11 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attention_transfer import stop_signals
+from attention_transfer import launching, stop_signals
 from attention_transfer.errors import StudyError
 from attention_transfer.machine_file import PREFIX, Machine, path
 
@@ -21,12 +21,14 @@ if TYPE_CHECKING:
     from submitit.helpers import DelayedSubmission
 
 SECONDS_BETWEEN_LOOKS = 1.0
+PORTS = range(20000, 30000)
+"""Where the nodes of a job meet: below those that the kernel hands out."""
 SECONDS_UNTIL_QUEUED_AGAIN = 180.0
 """SLURM begins a preemption with SIGTERM, on which the stage saves its state: then comes the signal to queue again."""
 
 
 class Work:
-    """The stage's own command, on the node; asked to make room, it saves its state and is put back in the queue."""
+    """The stage's own command, on each node; asked to make room, it saves its state and is put back in the queue."""
 
     def __init__(self, command: Sequence[str]) -> None:
         self.command = list(command)
@@ -36,7 +38,8 @@ class Work:
     def __call__(self) -> int:
         # SLURM sends that signal to every process of the job; it is for submitit alone, which calls `checkpoint`.
         deaf = ["sh", "-c", "trap '' USR2; exec \"$@\"", "sh", *self.command]
-        self.process = subprocess.Popen(deaf, env={**os.environ, f"{PREFIX}LAUNCHER": "local"})
+        here = {f"{PREFIX}LAUNCHER": "local", **_meeting()}
+        self.process = subprocess.Popen(deaf, env={**os.environ, **here})
         # In a thread, because the handler of submitit's signal waits for it too, and Popen.wait is not re-entrant.
         self.end = threading.Thread(target=self.process.wait)
         self.end.start()
@@ -57,12 +60,32 @@ class Work:
         return DelayedSubmission(Work(self.command))
 
 
+def _meeting() -> dict[str, str]:
+    """What the stage on this node must know to meet those on the job's other nodes; nothing if there are none."""
+    from submitit import JobEnvironment
+
+    job = JobEnvironment()
+    if job.num_nodes == 1:
+        return {}
+    port = PORTS[int(job.raw_job_id) % len(PORTS)]  # the same for all, and another for each job
+    first, own = job.hostnames[0], job.hostnames[job.node]
+    return launching.Meeting(job.num_nodes, f"{first}:{port}", own, job.job_id).environment()
+
+
 def is_job() -> bool:
     """Whether this process is part of one."""
     return "SUBMITIT_EXECUTOR" in os.environ
 
 
-def run(machine: Machine, command: Sequence[str], *, label: str, folder: Path, cluster: str = "slurm") -> int:
+def run(
+    machine: Machine,
+    command: Sequence[str],
+    *,
+    label: str,
+    folder: Path,
+    cluster: str = "slurm",
+    one_node: bool = False,
+) -> int:
     """Submits a command as a job and waits: its exit code. A stop signal cancels the job, which saves its state.
 
     Args:
@@ -70,13 +93,16 @@ def run(machine: Machine, command: Sequence[str], *, label: str, folder: Path, c
         label: name of the job.
         folder: for its logs.
         cluster: as submitit names it.
+        one_node: whatever the machine says: several could not share the work.
 
     Raises:
         StudyError: submitit or SLURM is not there, or takes no such parameters.
     """
-    job = _submitted(machine, command, label=label, folder=folder, cluster=cluster)
+    asked = {**machine.slurm, **({"nodes": 1} if one_node else {})}
+    job = _submitted(asked, command, label=label, folder=folder, cluster=cluster)
     print(f"{label}: job {job.job_id}; logs in {folder}", flush=True)
-    shown = {job.paths.stdout: 0, job.paths.stderr: 0}
+    tasks = [job.task(number).paths for number in range(job.num_tasks)]  # one on each node
+    shown = {log: 0 for paths in tasks for log in (paths.stdout, paths.stderr)}
     with stop_signals.awaited() as stopped:
         while not job.done():
             if number := stopped():
@@ -86,17 +112,24 @@ def run(machine: Machine, command: Sequence[str], *, label: str, folder: Path, c
             time.sleep(SECONDS_BETWEEN_LOOKS)
     _show(shown)
     try:
-        code: int = job.result()
+        codes: list[int] = job.results()
     except Exception as error:  # submitit's, with the job's state and log; or the job's own
         print(f"error: job {job.job_id} of {label} has not done its work: {error}", file=sys.stderr)
         return 1
+    code = next((code for code in codes if code != 0), 0)
     return code if code >= 0 else 128 - code
 
 
 def _submitted(
-    machine: Machine, command: Sequence[str], *, label: str, folder: Path, cluster: str
+    asked: Mapping[str, Any], command: Sequence[str], *, label: str, folder: Path, cluster: str
 ) -> Job[Any]:
     where = f"{path()}: slurm"
+    if asked.get("tasks_per_node", 1) != 1:
+        raise StudyError(
+            f"tasks_per_node is {asked['tasks_per_node']}, but a stage starts its processes on a node itself",
+            where=where,
+            remedy="remove it, and set processes to the number for each node",
+        )
     try:
         import submitit
     except ImportError as error:
@@ -107,7 +140,7 @@ def _submitted(
         ) from error
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-        executor.update_parameters(name=label, **machine.slurm)
+        executor.update_parameters(name=label, **asked)
         return executor.submit(Work(command))
     except (NameError, ValueError, TypeError, AssertionError) as error:
         raise StudyError(

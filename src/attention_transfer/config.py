@@ -479,6 +479,8 @@ class Study(Section):
                     "whose features are compared one by one"
                 )
             return
+        if run.shares_stochastic_depth:
+            self._has_masks_to_share(name)
         heads = (teacher.heads, student.heads)
         if run.transfer != "map" and (*heads[:1], teacher.width) != (*heads[1:], student.width):
             raise ValueError(
@@ -498,6 +500,19 @@ class Study(Section):
         if beyond := [head for group in groups for head in group if head >= student.heads]:
             raise ValueError(
                 f"runs.{name}.heads: {beyond} lie beyond the {student.heads} heads, 0 to {student.heads - 1}"
+            )
+
+    def _has_masks_to_share(self, name: str) -> None:
+        key = f"runs.{name}.shares_stochastic_depth"
+        if self.attention.source != "online":
+            raise ValueError(
+                f"{key}: attention from a cache knows no step's masks; set attention.source: online, or remove this key"
+            )
+        teacher, student = self.teachers[self.runs[name].teacher].architecture, self.architecture(name)
+        if teacher.depth != student.depth:
+            raise ValueError(
+                f"{key}: the student has {student.depth} layers, the teacher {teacher.depth}, which drop at other "
+                "rates; remove this key"
             )
 
     def architecture(self, run: str) -> Architecture:

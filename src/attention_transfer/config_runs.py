@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from attention_transfer.config_teachers import Architecture
-from attention_transfer.config_values import Fraction, Name, Positive, Rate, Section, Seed, warms_up
+from attention_transfer.config_values import (
+    Extended,
+    Fraction,
+    Name,
+    Positive,
+    Rate,
+    Section,
+    Seed,
+    warms_up,
+)
 
 Method = Literal[
     "scratch", "finetune", "linear_probe", "copy", "distill", "distill_features", "distill_logits"
@@ -49,8 +58,10 @@ class LogitLoss(Section):
 Layer = Annotated[int, Field(ge=0)]
 
 
-class Run(Section):
+class Run(Extended):
     """One way to train a student."""
+
+    later: ClassVar[tuple[str, ...]] = ("shares_stochastic_depth",)
 
     method: Method
     teacher: Name
@@ -88,6 +99,8 @@ class Run(Section):
     batch_size: Positive
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.1
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    shares_stochastic_depth: bool = False
+    """copy, distill: in training the teacher drops the branches that the student drops, as in the official code."""
     ema: Fraction | None = None
     """Decay of the exponential moving average of the weights; its weights then count as the run's."""
 
@@ -111,6 +124,7 @@ class Run(Section):
                 ("heads", "all"),
                 ("heads_per_layer", None),
                 ("average", None),
+                ("shares_stochastic_depth", False),
             ):
                 if getattr(self, key) != default:
                     raise ValueError(f"{key}: method {self.method} transfers no attention; remove this key")
@@ -121,6 +135,10 @@ class Run(Section):
         self._consistent_transfer()
         if self.method == "linear_probe" and (self.layer_decay != 1.0 or self.drop_path != 0.0):
             raise ValueError("layer_decay, drop_path: linear_probe trains the head alone; remove these keys")
+        if self.shares_stochastic_depth and self.drop_path == 0:
+            raise ValueError(
+                "shares_stochastic_depth: drop_path is 0: nothing is dropped; set it, or remove this key"
+            )
         warms_up(self.warmup_epochs, self.epochs)
         if self.min_learning_rate > self.learning_rate:
             raise ValueError("min_learning_rate: larger than learning_rate")
@@ -149,6 +167,10 @@ class Run(Section):
         for key, given in (("average", self.average), ("attention_loss.temperature", temperature)):
             if self.transfer != "map" and given not in (None, 1.0):
                 raise ValueError(f"{key}: concerns maps, and transfer is {self.transfer}; remove this key")
+        if self.shares_stochastic_depth and self.average == "examples":
+            raise ValueError(
+                "shares_stochastic_depth: the mean over examples is taken before the training; remove this key"
+            )
         if self.average is not None and temperature != 1.0:
             raise ValueError(
                 "average: a mean of maps has no temperature; leave attention_loss.temperature out"

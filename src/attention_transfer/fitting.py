@@ -78,6 +78,7 @@ def fit_student(
             label=label,
             where=where,
             division=how.division,
+            sharded=how.sharded,
         )
     return model, history, score
 
@@ -94,6 +95,7 @@ def execution_of(parts: Parts, name: str, *, where: str) -> execution.Execution:
         batch=run.batch_size,
         pairs=parts.study.views.mixes,
         called="in parts" if run.method in ("linear_probe", "distill_features") else "whole",
+        shardable=True,
         where=where,
     )
 

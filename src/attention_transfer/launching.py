@@ -10,11 +10,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attention_transfer.errors import StudyError
-from attention_transfer.machine_file import PROCESS, Machine, path
+from attention_transfer.machine_file import PREFIX, PROCESS, Machine, path
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -24,13 +25,45 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "DistBackendErr
 """In the error of a process whose fellow has gone: not the reason, which the fellow knows."""
 
 
+MEETING = f"{PREFIX}MEETING"
+"""Set by a job on several nodes, for the launcher of each."""
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """Where the launchers of a stage find each other.
+
+    Attributes:
+        nodes: how many there are, a launcher on each.
+        endpoint: host and port of the first one.
+        address: of this node, as the others reach it.
+        name: of the job.
+    """
+
+    nodes: int
+    endpoint: str
+    address: str
+    name: str
+
+    def environment(self) -> dict[str, str]:
+        """For the stage on this node."""
+        return {MEETING: json.dumps(asdict(self))}
+
+
+def meeting() -> Meeting:
+    """As the job says; without one this launcher is alone."""
+    if told := os.environ.get(MEETING):
+        return Meeting(**json.loads(told))
+    return Meeting(1, "localhost:0", "localhost", str(os.getpid()))
+
+
 def is_launched() -> bool:
     """Whether this process is one of several that a launcher has started."""
     return PROCESS in os.environ
 
 
 def is_wanted(machine: Machine) -> bool:
-    return machine.processes > 1
+    return machine.processes > 1 or meeting().nodes > 1
 
 
 def number() -> int:
@@ -44,7 +77,7 @@ def count() -> int:
 
 
 def launch(machine: Machine, command: Sequence[str]) -> int:
-    """Runs a command in as many processes as the machine's settings say; returns an exit code.
+    """Runs a command in as many processes as the machine's settings say, on each node; returns an exit code.
 
     All of them end with the first that fails, whose message is printed; a stop signal goes on to all, which save
     their state.
@@ -62,15 +95,16 @@ def launch(machine: Machine, command: Sequence[str]) -> int:
     os.environ.setdefault(
         "TORCH_CPP_LOG_LEVEL", "ERROR"
     )  # its advice on unused parameters: see training/passes.py
+    where = meeting()
     with tempfile.TemporaryDirectory(prefix="attention-transfer-") as folder:
         config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
+            min_nodes=where.nodes,
+            max_nodes=where.nodes,
             nproc_per_node=machine.processes,
-            run_id=str(os.getpid()),
+            run_id=where.name,
             rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
+            rdzv_endpoint=where.endpoint,
+            local_addr=where.address,
             max_restarts=0,
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
@@ -82,7 +116,7 @@ def launch(machine: Machine, command: Sequence[str]) -> int:
             return 128 + int(stopped.sigval)
         except ChildFailedError as error:
             process, failure = min(error.failures.items(), key=lambda item: _rank_of_blame(item[1]))
-            print(_told(process, machine.processes, failure), file=sys.stderr, flush=True)
+            print(_told(process, machine.processes * where.nodes, failure), file=sys.stderr, flush=True)
             return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
         return 0
 

@@ -29,12 +29,13 @@ class Machine:
     Attributes:
         device: cpu, cuda, mps; None for a GPU if there is one, else the CPU.
         threads: of each process; None for PyTorch's own choice, divided among the processes.
-        processes: on a stage; with GPUs one for each.
+        processes: on a stage; with GPUs one for each. Of a job on several nodes, on each node.
         launcher: `local`: here; `slurm`: as a job of the cluster.
         slurm: what the job asks for, in submitit's words: slurm_partition, timeout_min ..
         micro_batch: images in a pass of one process; a step takes as many passes as it needs. None: all at once.
         compile: whether torch.compile makes the student's code.
         checkpointing: whether the backward pass computes activations again instead of keeping them.
+        sharding: `fsdp`: each process holds a share of the student's weights and of what belongs to them.
     """
 
     device: str | None = None
@@ -45,6 +46,7 @@ class Machine:
     micro_batch: int | None = None
     compile: bool = False
     checkpointing: bool = False
+    sharding: Literal["none", "fsdp"] = "none"
 
     def choices(self) -> dict[str, Any]:
         """What differs from the defaults, for a stage's record."""

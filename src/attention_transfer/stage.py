@@ -274,9 +274,8 @@ def run_script(
             command = [sys.executable, *sys.argv]
             if machine.launcher == "slurm" and why_alone is not not_shared_out:
                 label = "-".join([name, *map(str, given.values())])
-                sys.exit(
-                    cluster.run(machine, command, label=label, folder=machine_file.root() / ".slurm" / label)
-                )
+                folder, one_node = machine_file.root() / ".slurm" / label, why_alone(study, given) != ""
+                sys.exit(cluster.run(machine, command, label=label, folder=folder, one_node=one_node))
             if launching.is_wanted(machine) and not (alone := why_alone(study, given)):
                 sys.exit(launching.launch(machine, command))
         work(Stage(name, given, study, path, Path(script), Layout.of(study), alone=alone))

@@ -53,7 +53,10 @@ def _source(parts: Parts, run: str, which: CachedSet | None, needs: Needs) -> Te
         recipe = parts.cache_recipe(chosen.teacher, which)
         reader = CacheReader(parts.layout.cache(chosen.teacher) / which, expect=recipe)
         return CachedTeacher(reader, needs)
-    return OnlineTeacher(parts.teacher(chosen.teacher), needs, attention.dtype, attention.content)
+    shared = chosen.drop_path if which == "views" and chosen.shares_stochastic_depth else 0.0
+    return OnlineTeacher(
+        parts.teacher(chosen.teacher), needs, attention.dtype, attention.content, shared_drop_path=shared
+    )
 
 
 def _labelled_views(parts: Parts) -> Iterator[tuple[Tensor, np.ndarray, int]]:

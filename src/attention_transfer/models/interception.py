@@ -66,6 +66,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def _twin(block: nn.Module) -> nn.Module:
+    """A shallow copy, without what torch.compile made of the block, but with the hooks by which its weights are spread.
+
+    `copy.copy` would call the class, and that of a sharded block makes an unsharded one.
+    """
+    twin: nn.Module = object.__new__(type(block))
+    twin.__setstate__(block.__getstate__())
+    return twin
+
+
 @contextlib.contextmanager
 def substituted(model: nn.Module, attention: Mapping[int, nn.Module]) -> Iterator[None]:
     """Other attention modules in the given blocks of a model, for the duration of the `with` block."""
@@ -73,7 +83,7 @@ def substituted(model: nn.Module, attention: Mapping[int, nn.Module]) -> Iterato
     before = {layer: blocks[layer] for layer in attention}
     try:
         for layer, module in attention.items():
-            block = copy.copy(unwrapped(before[layer]))  # leaves behind what torch.compile made of the block
+            block = _twin(unwrapped(before[layer]))
             block._modules = {**block._modules, "attn": module}
             blocks[layer] = block
         yield

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from timm.layers import DropPath
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from timm.layers import DropPath, calculate_drop_path_rates
 from torch import Tensor, nn
 
 from attention_transfer import draws
@@ -34,3 +39,27 @@ def replace_drop_path(model: nn.Module) -> None:
             if isinstance(child, DropPath):
                 assert child.scale_by_keep
                 setattr(module, name, StochasticDepth(child.drop_prob))
+
+
+def insert(model: Any, drop_path: float) -> None:
+    """Makes a frozen timm model drop branches, in eval mode too, at the rates of one that is trained with `drop_path`.
+
+    Args:
+        model: built without stochastic depth.
+    """
+    rates = calculate_drop_path_rates(drop_path, len(model.blocks))
+    for block, rate in zip(model.blocks, rates, strict=True):
+        if rate > 0:
+            block.drop_path1, block.drop_path2 = StochasticDepth(rate), StochasticDepth(rate)
+
+
+@contextlib.contextmanager
+def same_as_next(device: torch.device) -> Iterator[None]:
+    """In the `with` block, a model drops what the next one to run will drop: it draws the same numbers.
+
+    Args:
+        device: where both run.
+    """
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type="cuda" if device.type == "cpu" else device.type):
+        yield

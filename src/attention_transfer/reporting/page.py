@@ -315,6 +315,7 @@ def _context(records: Records, all_tables: Sequence[Table]) -> dict[str, Any]:
             for name, run in study.runs.items()
             if run.attention_loss is not None
         ],
+        "sharing": ", ".join(name for name, run in study.runs.items() if run.shares_stochastic_depth),
         "transferring": [
             {
                 "run": name,

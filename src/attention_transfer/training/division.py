@@ -54,7 +54,14 @@ class Pass(NamedTuple):
 
 
 def divide(
-    batch: int, *, process: int, among: int, micro_batch: int | None, pairs: bool, where: str
+    batch: int,
+    *,
+    process: int,
+    among: int,
+    micro_batch: int | None,
+    pairs: bool,
+    in_step: bool = False,
+    where: str,
 ) -> Division:
     """The passes of one process: as equal as can be, in the order in which one process would see the examples.
 
@@ -63,10 +70,12 @@ def divide(
         process, among: number of the process, and how many there are.
         micro_batch: most examples of a pass; None for no limit.
         pairs: whether examples are mixed with their neighbours: the two of a pair stay in one pass.
+        in_step: whether all processes must have as many passes.
         where: file and key of the batch size, for error messages.
 
     Raises:
-        StudyError: there are fewer examples, or pairs, than processes; or a pass holds no whole pair.
+        StudyError: there are fewer examples, or pairs, than processes; or a pass holds no whole pair; or a process
+            would have an empty pass.
     """
     if among == 1 and (micro_batch is None or micro_batch >= batch):
         return UNDIVIDED
@@ -86,7 +95,14 @@ def divide(
             remedy="set it to 2 or more",
         )
     own = processes.share_of(units, process, among)
-    count = -(-(own.stop - own.start) // most)
+    largest = processes.share_of(units, 0, among) if in_step else own
+    count = -(-(largest.stop - largest.start) // most)
+    if in_step and count > units // among:
+        raise StudyError(
+            f"{units} {name} are no whole number for each of {among} processes, whose passes hold one",
+            where=where,
+            remedy=f"set micro_batch to {2 * unit} or more in machine.yaml, or another batch_size",
+        )
     parts = [processes.share_of(own.stop - own.start, number, count) for number in range(count)]
     passes = [slice(unit * (own.start + part.start), unit * (own.start + part.stop)) for part in parts]
     return Division(unit * units, tuple(passes), among)

@@ -25,12 +25,14 @@ class Execution:
         division: what of each batch this process works on, in how many passes.
         compiled: the model as one, its blocks one by one, or nothing.
         checkpointing: whether the activations within blocks are computed again for the backward pass.
+        sharded: whether the model's weights are spread over the processes.
         left_out: what machine.yaml asks for and this training cannot have, with the reason.
     """
 
     division: Division = UNDIVIDED
     compiled: Literal["no", "model", "blocks"] = "no"
     checkpointing: bool = False
+    sharded: bool = False
     left_out: tuple[tuple[str, str], ...] = ()
 
     def apply(self, model: Any) -> None:
@@ -58,6 +60,8 @@ class Execution:
             found["compile"] = self.compiled
         if self.checkpointing:
             found["checkpointing"] = "blocks"
+        if self.sharded:
+            found["sharding"] = "fsdp"
         return found
 
 
@@ -68,6 +72,7 @@ def choose(
     pairs: bool,
     called: Literal["whole", "in parts"],
     indivisible: str = "",
+    shardable: bool = False,
     where: str,
 ) -> Execution:
     """What this process does of a training, by machine.yaml and by what the training can.
@@ -77,12 +82,16 @@ def choose(
         pairs: whether examples are mixed with their neighbours.
         called: whether the model's own forward is called, or parts of it.
         indivisible: why a step must be one pass, if it must.
+        shardable: whether its weights may be spread over the processes.
         where: file and key of the training's params, for error messages.
 
     Raises:
         StudyError: see `division.divide`.
     """
     left_out: list[tuple[str, str]] = []
+    sharded = shardable and machine.sharding == "fsdp" and processes.count() > 1
+    if machine.sharding == "fsdp" and not sharded:
+        left_out.append(("sharding", "no: one process" if shardable else "no: not a student"))
     division = UNDIVIDED
     if indivisible:
         if machine.micro_batch is not None:
@@ -94,9 +103,12 @@ def choose(
             among=processes.count(),
             micro_batch=machine.micro_batch,
             pairs=pairs,
+            in_step=sharded,  # every pass gathers weights from all of them
             where=f"{where}.batch_size",
         )
     compiled: Literal["no", "model", "blocks"] = "no"
-    if machine.compile:
+    if machine.compile and sharded:
+        left_out.append(("compile", "no: the weights are spread over the processes"))
+    elif machine.compile:
         compiled = "model" if called == "whole" else "blocks"
-    return Execution(division, compiled, machine.checkpointing, tuple(left_out))
+    return Execution(division, compiled, machine.checkpointing, sharded, tuple(left_out))

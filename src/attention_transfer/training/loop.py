@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -17,8 +15,8 @@ from attention_transfer import processes, stop_signals
 from attention_transfer.errors import StudyError
 from attention_transfer.training.checkpoint import Checkpoint
 from attention_transfer.training.division import UNDIVIDED, WHOLE, Division
-from attention_transfer.training.optimisation import Recipe, optimiser, schedule
-from attention_transfer.training.passes import Passes
+from attention_transfer.training.optimisation import Recipe, schedule
+from attention_transfer.training.trained import Trained
 
 SECONDS_BETWEEN_CHECKPOINTS = 20.0
 
@@ -71,6 +69,7 @@ def fit(
     label: str,
     where: str,
     division: Division = UNDIVIDED,
+    sharded: bool = False,
 ) -> tuple[nn.Module, History]:
     """Trains to the end of the schedule.
 
@@ -83,6 +82,7 @@ def fit(
         label: shown beside the progress bar.
         where: file and key of the recipe, for error messages.
         division: what of each batch this process works on, and in how many passes.
+        sharded: whether the weights are spread over the processes; the model must have `blocks`.
 
     Returns:
         The model that counts (the average of the weights where the recipe asks for one), in eval mode,
@@ -96,29 +96,14 @@ def fit(
         raise StudyError(
             f"a batch of {label} is larger than its data set", where=where, remedy="lower batch_size"
         )
-    optimizer = optimiser(task.model, recipe)
-    scheduler = schedule(optimizer, recipe, task.steps_per_epoch)
-    average = ModelEmaV3(task.model, decay=recipe.ema) if recipe.ema else None
-    passes = Passes(task, division)
+    trained = Trained(task, recipe, division, sharded=sharded)
+    scheduler = schedule(trained.optimizer, recipe, task.steps_per_epoch)
     history = History()
     sums: dict[str, Tensor] = {}
     if (found := checkpoint.load()) is not None:
-        task.model.load_state_dict(found["model"])
-        optimizer.load_state_dict(found["optimizer"])
-        if average is not None:
-            average.module.load_state_dict(found["average"])
+        trained.load(found)
         history = History(found["rows"], found["steps"])
-        sums = {name: value.to(_device(task.model)) for name, value in found["sums"].items()}
-
-    def state() -> dict[str, Any]:
-        return {
-            "model": task.model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "average": None if average is None else average.module.state_dict(),
-            "rows": history.rows,
-            "steps": history.steps,
-            "sums": sums,
-        }
+        sums = {name: value.to(trained.device) for name, value in found["sums"].items()}
 
     total = recipe.epochs * task.steps_per_epoch
     saved = time.monotonic()
@@ -127,21 +112,20 @@ def fit(
             epoch, step = divmod(history.steps, task.steps_per_epoch)
             scheduler.step_update(history.steps)
             task.train()
-            optimizer.zero_grad(set_to_none=True)
-            losses = passes.backward(epoch, step, seed=_step_seed(seed, history.steps))
+            trained.optimizer.zero_grad(set_to_none=True)
+            losses = trained.passes.backward(epoch, step, seed=_step_seed(seed, history.steps))
             if clip_norm is not None:
                 nn.utils.clip_grad_norm_(task.model.parameters(), clip_norm)
-            optimizer.step()
-            if average is not None:
-                average.update(task.model, step=history.steps)
+            trained.step(history.steps)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value
             history.steps += 1
             if step + 1 == task.steps_per_epoch:
-                row = _row(history.steps, epoch, sums, task.steps_per_epoch, optimizer)
+                row = _row(history.steps, epoch, sums, task.steps_per_epoch, trained.optimizer)
                 _refuse_nan(row, label=label, where=where, rate=recipe.learning_rate)
                 if (epoch + 1) % validate_every == 0 or epoch + 1 == recipe.epochs:
-                    row |= task.validate(task.model if average is None else average.module)
+                    row |= task.validate(trained.result())
+                    trained.put_away()
                 history.rows.append(row)
                 sums = {}
                 _show(row, sink, progress)
@@ -150,12 +134,13 @@ def fit(
             due = time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS
             number, due_somewhere = processes.largest(stopped(), due)
             if number or due_somewhere:
+                state = {**trained.state(), "rows": history.rows, "steps": history.steps, "sums": sums}
                 if processes.number() == 0:
-                    checkpoint.save(state())
+                    checkpoint.save(state)
                 saved = time.monotonic()
             if number:
                 raise SystemExit(128 + number)
-    return (task.model if average is None else average.module).eval(), history
+    return trained.result().eval(), history
 
 
 def _row(steps: int, epoch: int, sums: dict[str, Tensor], count: int, optimizer: Any) -> dict[str, float]:
@@ -181,10 +166,6 @@ def _refuse_nan(row: dict[str, float], *, label: str, where: str, rate: float) -
             where=where,
             remedy=f"lower learning_rate (now {rate:g}), lengthen warmup_epochs, or set training.clip_norm",
         )
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
 
 
 def _step_seed(seed: int, step: int) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from attention_transfer import draws, processes
+from attention_transfer.training import sharding
 from attention_transfer.training.division import Division
 
 if TYPE_CHECKING:
@@ -21,16 +22,21 @@ class Passes:
     """Works out the losses of a batch and their gradients, as if it were one pass of one process.
 
     Losses are means over examples, so each pass counts by its share of the batch; DistributedDataParallel takes the
-    mean over the processes, so that each counts as often as there are processes.
+    mean over the processes, so that each counts as often as there are processes. So does fully_shard.
 
     Args:
         task: of which `model` alone is trained: its gradients are shared, and a teacher elsewhere is left alone.
+        sharded: whether the weights of `model` are spread over the processes: from now on.
     """
 
-    def __init__(self, task: Task, division: Division) -> None:
+    def __init__(self, task: Task, division: Division, *, sharded: bool = False) -> None:
         self.division = division
         self.module: nn.Module = _Losses(task)
-        if processes.count() > 1:
+        if sharded:
+            # Not the model: while a pass is under way, other blocks may stand in the place of its own.
+            device = next(task.model.parameters()).device
+            sharding.shard(self.module, task.model.blocks, device)  # type: ignore[arg-type]
+        elif processes.count() > 1:
             warnings.filterwarnings(
                 "ignore", "`broadcast_buffers` is deprecated"
             )  # newer PyTorch's word for it
@@ -65,6 +71,8 @@ class Passes:
 
     def _unsynchronised(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients go to the other processes once a step, with its last pass."""
+        if synchronise := getattr(self.module, "set_requires_gradient_sync", None):  # sharded
+            synchronise(last)
         if last or not isinstance(self.module, DistributedDataParallel):
             return contextlib.nullcontext()
         return self.module.no_sync()

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from attention_transfer.models import stochastic_depth
 from attention_transfer.models.attention import Attention, read
 from attention_transfer.models.tokens import TokenLayout
 from attention_transfer.transfer.cache import CacheReader
@@ -66,16 +67,33 @@ class OnlineTeacher:
         teacher: a timm model.
         dtype: queries and keys are rounded through it, so that this equals reading the cache.
         content: of the cache that it equals: maps are rounded as such.
+        shared_drop_path: of the student that is trained on the same images right afterwards, and whose
+            stochastic-depth masks it shares; 0 for none.
     """
 
     def __init__(
-        self, teacher: nn.Module, needs: Needs, dtype: DType, content: Content = "queries_and_keys"
+        self,
+        teacher: nn.Module,
+        needs: Needs,
+        dtype: DType,
+        content: Content = "queries_and_keys",
+        *,
+        shared_drop_path: float = 0.0,
     ) -> None:
         self.teacher: Any = teacher.eval().requires_grad_(False)
         self.needs, self.dtype, self.content = needs, dtype, content
+        self.shares = shared_drop_path > 0
+        if self.shares:
+            stochastic_depth.insert(self.teacher, shared_drop_path)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, examples: np.ndarray, view: int) -> Given:
+        if self.shares:
+            with stochastic_depth.same_as_next(images.device):
+                return self._given(images)
+        return self._given(images)
+
+    def _given(self, images: Tensor) -> Given:
         match self.needs.what:
             case "logits":
                 return Given(logits=self.teacher(images))
