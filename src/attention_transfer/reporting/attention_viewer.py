@@ -34,9 +34,10 @@ def payload(records: Records, artifacts: Path) -> dict[str, Any]:
         artifacts: the study's folder of large outputs; read is maps/maps.npz.
 
     Returns:
-        caption; images: a PNG each, as data URI; classes: of each image its class's name; layers, counted from 0; students; heads: their number;
-        side: of the grid of patches; packed: by model the attention from the class token to the patches, base64 of
-        little-endian 16-bit integers (images, layers, heads, side * side), of which `steps` mean 1.
+        caption; images: a PNG each, as data URI; classes: of each image its class's name; layers, counted from 0;
+        students; heads: their number; side: of the grid of patches; packed: by model the attention from the class
+        token to the patches, base64 of little-endian 16-bit integers (images, layers, heads, side * side), of which
+        `steps` mean 1.
     """
     arrays = figures.read_attention_maps(records, artifacts)
     names = figures.known_models(records, arrays)
