@@ -27,6 +27,7 @@ from attention_transfer.assembly import Parts
 from attention_transfer.config import Study
 from attention_transfer.data import mixing
 from attention_transfer.data.labelled import LabelledViews
+from attention_transfer.data.rendering import Render
 from attention_transfer.layout import Layout
 from attention_transfer.models import vit
 from attention_transfer.training.batches import order, paired
@@ -74,7 +75,7 @@ class InFloat64(Parts):
     @functools.cached_property
     def labelled(self) -> LabelledViews:
         plain = super().labelled
-        return Targets(**{**vars(plain), "single": lambda rows, view: plain.single(rows, view).double()})
+        return Targets(**{**vars(plain), "single": Doubled(plain.single)})
 
     def clean(self, pixels: Any) -> Callable[[np.ndarray], Tensor]:
         plain = super().clean(pixels)
@@ -82,6 +83,19 @@ class InFloat64(Parts):
 
     def teacher(self, name: str) -> vit.ViT:
         return super().teacher(name).double()
+
+
+@dataclass
+class Doubled:
+    """The same views."""
+
+    single: Render
+
+    def __call__(self, rows: np.ndarray, view: int) -> Tensor:
+        return self.single(rows, view).double()
+
+    def begin(self, rows: np.ndarray, view: int) -> None:
+        self.single.begin(rows, view)
 
 
 class Targets(LabelledViews):
