@@ -34,6 +34,9 @@ LEFT_OUT = {
         "tests/test_bring_your_own.py"
     ),
     r"make (test|check)": "is what runs this test",
+    r"python -m attention_transfer run( --jobs \d+)?( --params presets/smoke\.yaml)?( --jobs \d+)?": (
+        "is what make study STUDY=smoke runs"
+    ),
     r"make bench": "tests/test_benchmarks.py runs it on small shapes",
     r"make ui( PORT=5001)?": "serves until it is stopped: tests/test_study.py, tests/test_tracking_in_browser.py",
     r"make lock|pip install .*|conda env .*|source .*": "installs packages, or asks which there are",
@@ -60,7 +63,6 @@ INSTEAD = {
     r"new NAME --images FOLDER": "new other --images data/flowers",
     r"new \w+ (.*timm:)": r"new another \1",
     r"export RUN": "export distill",
-    r"(attention_transfer run)( --jobs \d+)?( --params presets/smoke\.yaml)$": r"\1\3 --jobs 2",
     r"(detectable .*)flowers(.*)flowers": r"\1smoke\2smoke",
     r"detectable --params (?!.*--pilot)": "detectable --pilot presets/smoke.yaml --params ",
     r"^dvc repro$": "dvc repro studies/smoke/dvc.yaml",
@@ -107,8 +109,8 @@ def commands(page: Path) -> list[str]:
     """What a page shows as commands: lines of blocks without a language, and in the text between single quotes."""
     lines, text, language = [], [], None
     for line in page.read_text(encoding="utf-8").splitlines():
-        if line.startswith("```"):
-            language = line.removeprefix("```") if language is None else None
+        if line.lstrip().startswith("```"):  # within a list, too
+            language = line.lstrip().removeprefix("```") if language is None else None
             text.append("")
         elif language is None:
             text.append(line)

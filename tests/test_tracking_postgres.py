@@ -1,4 +1,4 @@
-"""The tests of a dying server, and eight runs at once, on PostgreSQL."""
+"""A dying database, and eight runs at once, on PostgreSQL."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 from postgres_server import PostgresServer, postgres
-from test_tracking_server import (  # noqa: F401  the fixtures, and a test that runs here once more
+from test_tracking_server import (  # noqa: F401  the fixtures
     port,
     root,
     search,
     serve,
-    test_a_server_that_dies_during_a_run,
     train,
     write_record,
 )

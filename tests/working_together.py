@@ -166,6 +166,7 @@ def pretraining_task(case: Case) -> tuple[Any, execution.Execution]:
         seed=0,
         device=tiny_study.CPU,
         bfloat16=False,
+        division=how.division,
     ), how
 
 
