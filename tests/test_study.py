@@ -631,7 +631,6 @@ def test_killed_training_goes_on_and_ends_the_same(study: Study, tmp_path: Path)
     assert answer.code == 0, answer.text[-3000:]
     assert answer.ran == [stage]
     assert min(steps_shown(answer.text, label)) >= second
-    assert not list((study.folder / ".ckpt/smoke").glob("train-distill-0-*"))
 
     # The same training without an interruption, in another place.
     fresh = Study(tmp_path / "fresh")
@@ -648,12 +647,12 @@ def test_killed_training_goes_on_and_ends_the_same(study: Study, tmp_path: Path)
     for name in ("metrics.json", "curve.csv"):
         assert (study.folder / record / name).read_bytes() == (fresh.folder / record / name).read_bytes()
 
-    # Back to the short one, which DVC has in its cache.
+    # Back to the short one; the stages that follow clear away what the long one has left.
     replace(study.folder / PRESET, preset)
     answer = study.repro(GRAPH)
     assert answer.code == 0, answer.text[-3000:]
-    assert f"Stage '{GRAPH}:{stage}' is cached" in answer.text
-    assert set(answer.ran) <= {"resolve@distill", *COLLECTORS}
+    assert set(answer.ran) <= {"resolve@distill", stage, "predict@distill-0", *COLLECTORS}
+    assert not list((study.folder / ".ckpt/smoke").glob("train-distill-0-*"))
 
 
 def test_experiment_is_shown_in_the_same_database(study: Study) -> None:
