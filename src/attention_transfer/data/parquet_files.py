@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 
 COLUMNS = ("image", "label")
 CLASSES = "classes.txt"
-OFFSET = (
-    1 << 62
-)  # from here on an offset is that of a row: number of its group, then 31 bits of the row in it
+OFFSET = 1 << 62
+"""From here on an offset is that of a row: the number of its group, then 31 bits for the row in it."""
 _ROWS = 31
 
 
