@@ -232,3 +232,21 @@ def test_disk_is_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def nbytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_a_teachers_own_images_are_counted_and_decoded(tmp_path: Path) -> None:
+    (tmp_path / "others").mkdir()
+    for number in range(19):
+        (tmp_path / "others" / f"{number}.jpg").touch()
+    teacher = {
+        "kind": "simmim", "architecture": tiny_study.ARCHITECTURE, "images": str(tmp_path / "others"),
+        "epochs": 3, "warmup_epochs": 0, "batch_size": 4, "learning_rate": 0.01, "weight_decay": 0.05,
+        "crop_scale": (0.5, 1.0), "mask_ratio": 0.5, "seed": 0,
+    }  # fmt: skip
+    study = tiny_study.make_study("scratch", {"teachers.first": teacher})
+    shown = 3 * 16  # of 19 images, whole batches
+    assert stages(study)["pretrain", "first"].images == shown
+    assert stages(study)["pretrain", "first"].flops == shown * flops_of_runs.pretraining(study, "first")
+    (tmp_path / "others").rename(tmp_path / "elsewhere")
+    with pytest.raises(StudyError, match="is not there"):
+        stages(study)

@@ -592,7 +592,10 @@ def saved_steps(study: Study, label: str) -> int | None:
 
 def test_killed_training_goes_on_and_ends_the_same(study: Study, tmp_path: Path) -> None:
     stage, label = "train@distill-0", "train-distill-0"
-    preset = (study.folder / PRESET).read_bytes()
+    preset, short = (
+        (study.folder / PRESET).read_bytes(),
+        digests(study.folder / "runs/smoke/students/distill/0"),
+    )
     with study.edited() as values:
         epochs = values["runs"]["distill"]["epochs"] = 800  # tens of seconds, on a fast machine too
         steps = epochs * (values["data"]["labelled"] // values["runs"]["distill"]["batch_size"])
@@ -652,6 +655,8 @@ def test_killed_training_goes_on_and_ends_the_same(study: Study, tmp_path: Path)
     answer = study.repro(GRAPH)
     assert answer.code == 0, answer.text[-3000:]
     assert set(answer.ran) <= {"resolve@distill", stage, "predict@distill-0", *COLLECTORS}
+    again = digests(study.folder / "runs/smoke/students/distill/0")
+    assert again["model.safetensors"] == short["model.safetensors"]
     assert not list((study.folder / ".ckpt/smoke").glob("train-distill-0-*"))
 
 

@@ -75,15 +75,29 @@ def in_files(root: Path, form: Shape) -> PretrainingImages:
     Raises:
         StudyError: it is not there, or holds no images, or a file that is none.
     """
+    _require(root)
+    _, _, files = image_files.index(root, classes=None, progress=f"index {root.name}", labelled=False)
+    pixels = FilePixels(files, np.arange(len(files)), form)
+    return _described(str(root), pixels, pixels.checksum)
+
+
+def count_in_files(root: Path) -> int:
+    """Images of such a folder or tar, none of which is read.
+
+    Raises:
+        StudyError: it is not there.
+    """
+    _require(root)
+    return image_files.count(root)
+
+
+def _require(root: Path) -> None:
     if not root.exists():
         raise StudyError(
             "is not there",
             where=str(root),
             remedy="put the images there, or correct the teacher's key `images`",
         )
-    _, _, files = image_files.index(root, classes=None, progress=f"index {root.name}", labelled=False)
-    pixels = FilePixels(files, np.arange(len(files)), form)
-    return _described(str(root), pixels, pixels.checksum)
 
 
 def _described(source: str, pixels: np.ndarray | FilePixels, checksum: str) -> PretrainingImages:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from attention_transfer import plan
-from attention_transfer.config import BUILT_IN, Study
+from attention_transfer.config import BUILT_IN, PRETRAINING_IMAGES, Pretrained, Study
 from attention_transfer.data import images, shifted
-from attention_transfer.data.pretraining_images import DIGITS
+from attention_transfer.data.pretraining_images import DIGITS, count_in_files
 from attention_transfer.data.sources import TEST_DIGITS
 from attention_transfer.errors import StudyError
 from attention_transfer.layout import Layout
@@ -66,6 +67,22 @@ def count(study: Study, layout: Layout, stated: Mapping[str, int], classes: int 
         unknown=tuple(name for name, size in sets.items() if size is None),
         classes=_classes(study, layout, classes),
     )
+
+
+def for_pretraining(study: Study, teacher: Pretrained, train: int) -> int:
+    """Images that a teacher is pre-trained on.
+
+    Args:
+        train: all training images.
+
+    Raises:
+        StudyError: its folder of images is not there.
+    """
+    if teacher.images == "digits":
+        return DIGITS
+    if teacher.images in PRETRAINING_IMAGES:
+        return train - study.data.validation
+    return count_in_files(Path(teacher.images))
 
 
 def _own(study: Study, layout: Layout, stated: Mapping[str, int]) -> tuple[int, int | None]:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 
 from attention_transfer import plan
 from attention_transfer.assembly import CachedSet, Parts
-from attention_transfer.config import COPIES_ATTENTION, PRETRAINING_IMAGES, Pretrained, Study
-from attention_transfer.data import image_files, shifted
+from attention_transfer.config import COPIES_ATTENTION, Pretrained, Study
+from attention_transfer.data import shifted
 from attention_transfer.data.pretraining_images import DIGITS
 from attention_transfer.data.views import ViewRecipe
 from attention_transfer.errors import StudyError
 from attention_transfer.layout import Layout
+from attention_transfer.measuring import counts
 from attention_transfer.measuring.speeds import RunSpeed, Speeds
 from attention_transfer.transfer.cache_size import exact_bytes
 
@@ -149,12 +149,7 @@ def _pretraining(study: Study, measured: Speeds, name: str, train_images: int) -
         return 0.0
     assert speed.pretraining_step is not None
     assert speed.pretraining_batch is not None
-    if teacher.images == "digits":
-        images = DIGITS
-    elif teacher.images in PRETRAINING_IMAGES:
-        images = train_images - study.data.validation
-    else:
-        images = image_files.count(Path(teacher.images))
+    images = counts.for_pretraining(study, teacher, train_images)
     steps = teacher.epochs * (images // teacher.batch_size)
     return steps * speed.pretraining_step * teacher.batch_size / speed.pretraining_batch
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from attention_transfer import plan
 from attention_transfer.config import MomentumContrast, Pretrained, Run, SelfDistillation, Study
-from attention_transfer.data.pretraining_images import DIGITS
 from attention_transfer.measuring import flops_of_runs
-from attention_transfer.measuring.counts import Counts
+from attention_transfer.measuring.counts import Counts, for_pretraining
 
 SIMILARITY_IMAGES = 500  # as pipeline/similarity.py
 STATISTICS = 10_000  # evenly spaced images, about so many, have their mean taken: as data/images.py
@@ -70,11 +69,10 @@ def _pretrain(study: Study, counts: Counts, name: str) -> Stage:
     teacher = study.teachers[name]
     if not isinstance(teacher, Pretrained):
         return Stage("pretrain", name, 0, 0, True)
-    task = counts.train - study.data.validation
-    images = DIGITS if teacher.images == "digits" else task
+    images = for_pretraining(study, teacher, counts.train)
     shown = teacher.epochs * (images // teacher.batch_size) * teacher.batch_size
     alone = isinstance(teacher, MomentumContrast | SelfDistillation)
-    decoded = shown * (2 if alone else 1) if teacher.images == "task" else 0
+    decoded = shown * (2 if alone else 1) if teacher.images not in ("digits", "fractals") else 0
     return Stage("pretrain", name, shown * flops_of_runs.pretraining(study, name), decoded, not alone)
 
 
