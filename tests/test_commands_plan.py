@@ -80,6 +80,20 @@ def test_everything_is_measured(quick: None, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_maps_and_students_without_the_teachers_registers_are_measured(quick: None, tmp_path: Path) -> None:
+    values = study().model_dump()
+    values["attention"]["content"] = "maps"
+    teacher = values["teachers"]["second"]
+    plain = teacher["architecture"]
+    values["teachers"] = {"first": {**teacher, "architecture": {**plain, "components": ("registers",)}}}
+    values["runs"]["distill"]["architecture"] = plain
+    found = measure(Study.model_validate(values), tiny_study.CPU, tmp_path)
+    steps = [found.runs[name].cached_step for name in ("run", "distill")]
+    assert all(step is not None and step > 0 for step in steps)
+    assert found.teachers["first"].read > 0
+
+
+@pytest.mark.slow
 def test_a_step_that_would_take_long_is_measured_smaller(
     quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

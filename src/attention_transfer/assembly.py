@@ -19,7 +19,6 @@ from attention_transfer.data.labelled import LabelledViews
 from attention_transfer.files import read_sealed, sha256
 from attention_transfer.layout import Layout
 from attention_transfer.models import vit
-from attention_transfer.models.tokens import TokenLayout
 
 CachedSet = Literal["views", "validation", "test"]
 """What a teacher's cache holds: training views of the labelled images, and two sets of clean images."""
@@ -119,16 +118,6 @@ class Parts:
         return vit.model_arguments(
             architecture, image_size=data.image_size, channels=data.channels, classes=classes
         )
-
-    def tokens(self, run: str) -> tuple[TokenLayout, TokenLayout]:
-        """Those of a run's teacher, and those of its student."""
-        study = self.study
-
-        def layout(architecture: Architecture) -> TokenLayout:
-            side = study.data.image_size // architecture.patch_size
-            return TokenLayout(architecture.class_token, architecture.registers, (side, side))
-
-        return layout(study.teachers[study.runs[run].teacher].architecture), layout(study.architecture(run))
 
     def teacher(self, name: str) -> vit.ViT:
         """The frozen teacher, in eval mode."""

@@ -22,6 +22,7 @@ from attention_transfer.measuring.subject import Subject
 from attention_transfer.transfer.cache import SHARD_BYTES, CacheReader, CacheWriter
 from attention_transfer.transfer.method import Needs
 from attention_transfer.transfer.teacher_source import (
+    Aligned,
     CachedTeacher,
     OnlineTeacher,
     TeacherSource,
@@ -201,6 +202,10 @@ def _sources(
     cached: TeacherSource = online
     if is_cached(needs, attention.content):
         cached = CachedTeacher(CacheReader(folder, expect=None), needs)
+    theirs, own = plan.tokens(subject.study, name)
+    if theirs != own and needs.what not in ("features", "logits"):
+        aligned = Aligned(online, theirs, own)
+        online, cached = aligned, aligned if cached is online else Aligned(cached, theirs, own)
     rows = np.arange(8)
     batches = [(subject.clean(rows), rows, 0)]
     online_step = averaging(online, run.average, batches)
@@ -255,13 +260,14 @@ def _write(subject: Subject, teacher: str, model: nn.Module, folder: Path, batch
 def _read_speeds(folder: Path, batch: int) -> tuple[float, float]:
     """Bytes a second over all rows, once each in random order: the first time, and again."""
     reader = CacheReader(folder, expect=None)
+    read_rows = reader.read_maps if reader.layout.content == "maps" else reader.read
     for path in folder.iterdir():
         _drop_from_page_cache(path)
     order = np.random.default_rng(0).permutation(len(reader))
 
     def read() -> None:
         for rows in _pieces(order, batch):
-            reader.read(rows, 0)
+            read_rows(rows, 0)
 
     size = len(reader) * reader.layout.row_bytes
     return size / _elapsed(read), size / _elapsed(read)
