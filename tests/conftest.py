@@ -1,14 +1,17 @@
-"""What concerns all tests: their order, the garbage collector, and a small disk."""
+"""What concerns all tests: their order, the garbage collector, stages that start at once, and a small disk."""
 
 from __future__ import annotations
 
 import gc
 import os
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import warm_python
 
 LONGEST = (
     "test_study.py",
@@ -26,6 +29,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """The module `stage`, which tests import, turns the collector off until a stage's own process begins its work."""
     gc.enable()
+
+
+@pytest.fixture(scope="session")
+def warm_path() -> Iterator[str]:
+    """PATH for tests that start many stages: first a folder with a warm `python`, then that of the ordinary one."""
+    with tempfile.TemporaryDirectory() as place, warm_python.folder(Path(place)) as folder:
+        yield os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]])
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,11 +49,13 @@ def test_four_kills_change_no_bit_and_leave_nothing_behind(driven: Path) -> None
     assert found["files"] > 20
 
 
-def start(study: kill.Study, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+@pytest.fixture
+def start(warm_path: str) -> Callable[..., subprocess.Popen[str]]:
+    """Starts `dvc repro`, whose stages begin their work at once: the closer they come together."""
+    return lambda study, *arguments: subprocess.Popen(
         ["dvc", "repro", *arguments],
         cwd=study.folder,
-        env=study.environment(""),
+        env=study.environment("") | {"PATH": warm_path},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -67,7 +70,7 @@ def right_or_refused(*started: subprocess.Popen[str]) -> list[bool]:
     return [process.returncode == 0 for process in started]
 
 
-def test_two_dvc_repro_in_one_checkout(driven: Path) -> None:
+def test_two_dvc_repro_in_one_checkout(driven: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
     """Started at the same moment on a study of which nothing is there yet."""
     study = kill.Study(driven / "shared", small=True)
     right_or_refused(*(start(study, kill.GRAPH) for _ in range(2)))
@@ -77,7 +80,9 @@ def test_two_dvc_repro_in_one_checkout(driven: Path) -> None:
     assert study.temporaries() == set()
 
 
-def test_stages_side_by_side_and_a_report_beside_a_training(driven: Path) -> None:
+def test_stages_side_by_side_and_a_report_beside_a_training(
+    driven: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
     """Forced to run again, with the same results: two trainings, and what reads their records."""
     study = kill.Study(driven / "undisturbed")
     before = kill.contents(study)

@@ -13,7 +13,6 @@ import torch
 from release_files import images, native
 from test_models_published import arguments, tokens
 
-from attention_transfer import plan
 from attention_transfer.config import Study
 from attention_transfer.errors import StudyError
 from attention_transfer.models import published, releases, students, timm_entries, vit, weights_of_timm
@@ -93,7 +92,7 @@ def test_students_learn_from_it(method: str, kind: str, entry: str) -> None:
     built = methods.build(study, "run", student)
     assert built.needs is not None
     source: Any = OnlineTeacher(teacher, built.needs, "float32", "queries_and_keys")
-    theirs, own = plan.tokens(study, "run")
+    theirs, own = vit.tokens(study, "run")
     assert theirs == token_layout(teacher)
     assert own == token_layout(student)
     if theirs != own:

@@ -219,10 +219,11 @@ def commit(study: Study) -> None:
 
 
 @pytest.fixture
-def study(working_copy: Study) -> Study:
-    """The study after its first run: without it the other tests have nothing to look at."""
+def study(working_copy: Study, warm_path: str) -> Study:
+    """The study after its first run: without it the other tests have nothing to look at. Its stages start at once."""
     if not working_copy.ready:
         pytest.fail("the first dvc repro has not succeeded")
+    working_copy.environment["PATH"] = warm_path
     return working_copy
 
 
@@ -590,8 +591,14 @@ def saved_steps(study: Study, label: str) -> int | None:
     return int(state["steps"])
 
 
-def test_killed_training_goes_on_and_ends_the_same(study: Study, tmp_path: Path) -> None:
-    stage, label = "train@distill-0", "train-distill-0"
+@pytest.fixture
+def ordinary_study(study: Study) -> Study:
+    """With the ordinary `python`, for how stages die with DVC."""
+    return Study(study.folder)
+
+
+def test_killed_training_goes_on_and_ends_the_same(ordinary_study: Study, tmp_path: Path) -> None:
+    study, stage, label = ordinary_study, "train@distill-0", "train-distill-0"
     preset, short = (
         (study.folder / PRESET).read_bytes(),
         digests(study.folder / "runs/smoke/students/distill/0"),

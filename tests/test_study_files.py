@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -78,12 +77,13 @@ def write_params(path: Path) -> None:
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
 
 
-def run(folder: Path, *stage: str, workers: int) -> None:
+def run(folder: Path, path: str, *stage: str, workers: int) -> None:
     done = subprocess.run(
-        [sys.executable, str(ROOT / "pipeline" / f"{stage[0]}.py"), *stage[1:]],
+        ["/usr/bin/env", "python", str(ROOT / "pipeline" / f"{stage[0]}.py"), *stage[1:]],
         cwd=folder,
         env={
             **os.environ,
+            "PATH": path,
             "PYTHONPATH": str(ROOT / "src"),
             "ATTENTION_TRANSFER_DEVICE": "cpu",
             "ATTENTION_TRANSFER_WORKERS": str(workers),
@@ -97,13 +97,13 @@ def run(folder: Path, *stage: str, workers: int) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_every_stage_works_on_files(tmp_path: Path) -> None:
+def test_every_stage_works_on_files(tmp_path: Path, warm_path: str) -> None:
     """The student learns the colours; with another number of processes it has the same weights."""
     write_images(tmp_path / "pictures")
     publish(tmp_path / "published", tmp_path / "pictures")
     write_params(tmp_path / "params.yaml")
     for stage in STAGES:
-        run(tmp_path, *stage, workers=2)
+        run(tmp_path, warm_path, *stage, workers=2)
     student = tmp_path / "runs" / "smoke" / "students" / "distill" / "0" / "model.safetensors"
     found = tmp_path / "runs" / "smoke" / "predictions" / "distill" / "0"
     test = predictions.load(found / "test.safetensors", made_by="predict")
@@ -120,7 +120,7 @@ def test_every_stage_works_on_files(tmp_path: Path) -> None:
 
     weights = load_file(student)
     student.unlink()
-    run(tmp_path, "train", "--run", "distill", "--seed", "0", workers=1)
+    run(tmp_path, warm_path, "train", "--run", "distill", "--seed", "0", workers=1)
     again = load_file(student)
     assert all(again[name].equal(value) for name, value in weights.items())
 
@@ -130,7 +130,7 @@ def small(path: Path) -> None:
     Image.new("RGB", (20, 18), (len(path.parts) * 9, 90, sum(map(ord, path.parent.name)) % 255)).save(path)
 
 
-def test_the_imagenet_preset_reads_the_published_layouts(tmp_path: Path) -> None:
+def test_the_imagenet_preset_reads_the_published_layouts(tmp_path: Path, warm_path: str) -> None:
     """A thousand classes and the folders of V2, A, R, Sketch and C, with the true names; ObjectNet is missing."""
     lists = importlib.resources.files("timm.data").joinpath("_info")
     synsets = lists.joinpath("imagenet_synsets.txt").read_text().split()
@@ -155,7 +155,7 @@ def test_the_imagenet_preset_reads_the_published_layouts(tmp_path: Path) -> None
         values["runs"][name]["batch_size"] = 256
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     for stage in ("data", "split", "shifts"):
-        run(tmp_path, stage, workers=2)
+        run(tmp_path, warm_path, stage, workers=2)
 
     layout = Layout("imagenet1k")
     description = images.describe(tmp_path / layout.images)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,13 +22,14 @@ PRESET = Path("smoke.yaml")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, warm_path: str) -> Path:
     """The smoke study's images, teacher and cache."""
     root = tmp_path_factory.mktemp("sources")
     shutil.copy(ROOT / "presets" / "smoke.yaml", root / PRESET)
     shutil.copytree(ROOT / "data", root / "data", dirs_exist_ok=True)
     environment = {
         **os.environ,
+        "PATH": warm_path,
         "PYTHONPATH": str(ROOT / "src"),
         "ATTENTION_TRANSFER_DEVICE": "cpu",
         "MLFLOW_TRACKING_URI": f"sqlite:///{root}/mlflow.db",
@@ -41,7 +41,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("cache", "--teacher", "mae"),
     ):
         done = subprocess.run(
-            [sys.executable, str(ROOT / "pipeline" / f"{stage}.py"), "--params", str(PRESET), *arguments],
+            [
+                "/usr/bin/env",
+                "python",
+                str(ROOT / "pipeline" / f"{stage}.py"),
+                "--params",
+                str(PRESET),
+                *arguments,
+            ],
             cwd=root,
             env=environment,
             capture_output=True,

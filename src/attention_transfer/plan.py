@@ -12,7 +12,6 @@ import numpy as np
 from attention_transfer.config import Architecture, AttentionCache, Data, Study
 from attention_transfer.errors import StudyError
 from attention_transfer.layout import Layout
-from attention_transfer.models.tokens import TokenLayout
 from attention_transfer.transfer import cache
 
 TRAIN_IMAGES, TEST_IMAGES = 60_000, 10_000  # before they have been read: Fashion-MNIST's
@@ -90,16 +89,6 @@ def cache_layout(architecture: Architecture, data: Data, attention: AttentionCac
 def teacher_layout(study: Study, teacher: str) -> cache.Layout:
     """`cache_layout` of one of the study's teachers."""
     return cache_layout(study.teachers[teacher].architecture, study.data, study.attention)
-
-
-def tokens(study: Study, run: str) -> tuple[TokenLayout, TokenLayout]:
-    """Those of a run's teacher, and those of its student."""
-
-    def layout(architecture: Architecture) -> TokenLayout:
-        side = study.data.image_size // architecture.patch_size
-        return TokenLayout(architecture.class_token, architecture.registers, (side, side))
-
-    return layout(study.teachers[study.runs[run].teacher].architecture), layout(study.architecture(run))
 
 
 def unread_views(study: Study) -> str:

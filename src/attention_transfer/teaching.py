@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attention_transfer import plan
 from attention_transfer.assembly import CachedSet, Parts
 from attention_transfer.evaluation.predictions import BATCH
-from attention_transfer.models import students
+from attention_transfer.models import students, vit
 from attention_transfer.transfer.cache import CacheReader
 from attention_transfer.transfer.method import Needs
 from attention_transfer.transfer.teacher_source import (
@@ -37,7 +36,7 @@ def teacher_source(
     over = parts.study.runs[run].average
     # The mean over examples is taken once, and then no other set is needed.
     source = _source(parts, run, "views" if over == "examples" else which, needs)
-    theirs, own = plan.tokens(parts.study, run)
+    theirs, own = vit.tokens(parts.study, run)
     if theirs != own and needs.what not in ("features", "logits"):
         source = Aligned(source, theirs, own)
     with torch.autocast(parts.device.type, torch.bfloat16, enabled=parts.bfloat16):

@@ -19,6 +19,7 @@ from attention_transfer.config import Pretrained, Study
 from attention_transfer.evaluation.predictions import BATCH
 from attention_transfer.measuring.clock import median_seconds, step_seconds
 from attention_transfer.measuring.subject import Subject
+from attention_transfer.models import vit
 from attention_transfer.transfer.cache import SHARD_BYTES, CacheReader, CacheWriter
 from attention_transfer.transfer.method import Needs
 from attention_transfer.transfer.teacher_source import (
@@ -202,7 +203,7 @@ def _sources(
     cached: TeacherSource = online
     if is_cached(needs, attention.content):
         cached = CachedTeacher(CacheReader(folder, expect=None), needs)
-    theirs, own = plan.tokens(subject.study, name)
+    theirs, own = vit.tokens(subject.study, name)
     if theirs != own and needs.what not in ("features", "logits"):
         aligned = Aligned(online, theirs, own)
         online, cached = aligned, aligned if cached is online else Aligned(cached, theirs, own)

@@ -12,11 +12,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from attention_transfer.config import Architecture
+from attention_transfer.config import Architecture, Study
 from attention_transfer.errors import StudyError, repro
 from attention_transfer.files import atomic, read_sealed, write_sealed, xxh3
 from attention_transfer.models import timm_entries
 from attention_transfer.models.stochastic_depth import replace_drop_path
+from attention_transfer.models.tokens import TokenLayout
 
 ViT: TypeAlias = timm_entries.ViT
 
@@ -109,6 +110,16 @@ def model_arguments(architecture: Architecture, *, image_size: int, channels: in
         "fc_norm": True,
     }
     return Arguments(_PLAIN, {**values, **more})
+
+
+def tokens(study: Study, run: str) -> tuple[TokenLayout, TokenLayout]:
+    """Those of a run's teacher, and those of its student."""
+
+    def layout(architecture: Architecture) -> TokenLayout:
+        side = study.data.image_size // architecture.patch_size
+        return TokenLayout(architecture.class_token, architecture.registers, (side, side))
+
+    return layout(study.teachers[study.runs[run].teacher].architecture), layout(study.architecture(run))
 
 
 def create(arguments: Arguments, *, seed: int, drop_path: float = 0.0) -> ViT:

@@ -1,0 +1,203 @@
+"""A `python` for tests that starts a stage at once: as a fork of a process that has the libraries loaded.
+
+A stage imports torch, timm and others for 4 s before its work, and the tests start hundreds. `folder` is put in front
+of PATH; the `python` in it hands a script of pipeline/ over to a server, with its arguments, environment, folder and
+open files, and becomes everything else by exec. What the server has loaded is none of the project's code, which each
+fork imports from where PYTHONPATH says. Signals reach the stage, and it dies with its `python`, be that killed.
+
+Stages of the first run of a study, and those that are to die with DVC, are started by the ordinary `python`; so is
+everything where OMP_NUM_THREADS, which counts when torch is loaded, is another.
+
+python tests/warm_python.py SOCKET    is the server
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+LIBRARIES = (
+    "torch",
+    "timm",
+    "torchvision",
+    "safetensors.torch",
+    "pandas",
+    "pydantic",
+    "yaml",
+    "scipy.stats",
+    "sklearn.linear_model",
+    "matplotlib.figure",
+    "altair",
+    "jinja2",
+    "tqdm",
+)
+SETTINGS = {
+    "OMP_NUM_THREADS": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}  # that libraries read when they are loaded
+CLIENT = """#!{python} -IS
+import os, sys
+script = sys.argv[1] if len(sys.argv) > 1 else ""
+if script.split("/")[-2:-1] != ["pipeline"] or any(os.environ.get(name) != value for name, value in {settings}.items()):
+    os.execv("{python}", ["{python}", *sys.argv[1:]])
+import json, signal, socket
+server = socket.socket(socket.AF_UNIX)
+server.connect("{socket}")
+request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+socket.send_fds(server, [len(request).to_bytes(4)], [0, 1, 2])
+server.sendall(request)
+def told():
+    found = server.recv(4, socket.MSG_WAITALL)
+    return int.from_bytes(found) if len(found) == 4 else sys.exit("the server of warm stages has ended")
+pid = told()
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, lambda number, frame: os.kill(pid, number))
+status = os.waitstatus_to_exitcode(told())
+if status < 0:
+    signal.signal(-status, signal.SIG_DFL) if -status != signal.SIGKILL else None
+    os.kill(os.getpid(), -status)
+os._exit(status)
+"""
+
+
+@contextlib.contextmanager
+def folder(place: Path) -> Iterator[Path]:
+    """One whose `python` is warm while the block lasts; elsewhere than on Linux it is empty.
+
+    Args:
+        place: an empty folder, with a short path: that of a socket has 107 characters at most.
+    """
+    if sys.platform != "linux":
+        yield place
+        return
+    path, python = place / "socket", Path(sys.executable).parent / "python"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    server = subprocess.Popen([python, __file__, path], env=environment | SETTINGS, start_new_session=True)
+    try:
+        while not path.exists():
+            assert server.poll() is None, "the server of warm stages has ended"
+            time.sleep(0.05)
+        client = place / "python"
+        client.write_text(CLIENT.format(python=python, socket=path, settings=SETTINGS))
+        client.chmod(0o755)
+        yield place
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def request(connection: socket.socket) -> tuple[list[str], str, dict[str, str], list[int]]:
+    """Arguments, folder, environment and open files of a client."""
+    size, files, _, _ = socket.recv_fds(connection, 4, 3)
+    told = connection.recv(int.from_bytes(size), socket.MSG_WAITALL)
+    arguments, where, environment = json.loads(told)
+    return arguments, where, environment, files
+
+
+def serve(path: str) -> list[str]:
+    """Answers clients for ever; returns in each fork, with the arguments of its stage."""
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(f"{path}.new")
+    listening.listen(16)
+    Path(f"{path}.new").rename(path)  # it is seen once it can be connected to
+    waiting = selectors.DefaultSelector()
+    waiting.register(listening, selectors.EVENT_READ)
+    stages: dict[Any, tuple[int, int, socket.socket]] = {}  # by connection and by file of the process
+    while True:
+        for key, _ in waiting.select():
+            if key.fileobj is listening:
+                connection, _ = listening.accept()
+                arguments, where, environment, files = request(connection)
+                if (pid := os.fork()) == 0:
+                    listening.close()
+                    connection.close()
+                    waiting.close()
+                    for _, process, other in set(stages.values()):
+                        os.close(process)
+                        other.close()
+                    become(arguments, where, environment, files)
+                    return arguments
+                for file in files:
+                    os.close(file)
+                connection.sendall(pid.to_bytes(4))
+                stage = (pid, os.pidfd_open(pid), connection)
+                for file in stage[1:]:
+                    waiting.register(file, selectors.EVENT_READ)
+                    stages[file] = stage
+            elif key.fileobj in stages:
+                pid, process, connection = stage = stages[key.fileobj]
+                if key.fileobj is connection:  # its client is gone
+                    os.kill(pid, signal.SIGKILL)
+                _, status = os.waitpid(pid, 0)
+                with contextlib.suppress(OSError):
+                    connection.sendall(status.to_bytes(4))
+                for file in stage[1:]:
+                    waiting.unregister(file)
+                    del stages[file]
+                os.close(process)
+                connection.close()
+
+
+def become(arguments: list[str], where: str, environment: dict[str, str], files: list[int]) -> None:
+    """Makes this process what `python SCRIPT ..` would have been."""
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(where)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = arguments
+    own = [folder for folder in environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    sys.path[:1] = [str(Path(arguments[0]).absolute().parent), *own]
+
+
+def main(path: str) -> NoReturn:
+    for module in LIBRARIES:
+        __import__(module)
+    script = Path(serve(path)[0]).absolute()
+    sys.modules["__main__"] = stage = types.ModuleType("__main__")  # runpy would change sys.argv
+    stage.__file__ = str(script)
+    try:
+        exec(compile(script.read_bytes(), script, "exec"), vars(stage))
+    except SystemExit as ended:
+        end(ended.code)
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        end(-signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1)
+    end(0)
+
+
+def end(code: object) -> NoReturn:
+    """As the interpreter ends, but for taking down all that is loaded, which takes seconds.
+
+    Args:
+        code: as `sys.exit` takes it; or the negative number of a signal.
+    """
+    if not isinstance(code, int | None):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if (code or 0) < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code or 0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
