@@ -133,20 +133,20 @@ def serve(path: str) -> list[str]:
                 for file in files:
                     os.close(file)
                 connection.sendall(pid.to_bytes(4))
-                stage = (pid, os.pidfd_open(pid), connection)
-                for file in stage[1:]:
-                    waiting.register(file, selectors.EVENT_READ)
-                    stages[file] = stage
+                process = os.pidfd_open(pid)
+                for waited in (process, connection):
+                    waiting.register(waited, selectors.EVENT_READ)
+                    stages[waited] = (pid, process, connection)
             elif key.fileobj in stages:
-                pid, process, connection = stage = stages[key.fileobj]
+                pid, process, connection = stages[key.fileobj]
                 if key.fileobj is connection:  # its client is gone
                     os.kill(pid, signal.SIGKILL)
                 _, status = os.waitpid(pid, 0)
                 with contextlib.suppress(OSError):
                     connection.sendall(status.to_bytes(4))
-                for file in stage[1:]:
-                    waiting.unregister(file)
-                    del stages[file]
+                for waited in (process, connection):
+                    waiting.unregister(waited)
+                    del stages[waited]
                 os.close(process)
                 connection.close()
 
@@ -188,15 +188,15 @@ def end(code: object) -> NoReturn:
     """
     if not isinstance(code, int | None):
         print(code, file=sys.stderr)
-        code = 1
+    number = code if isinstance(code, int) else int(code is not None)
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    if (code or 0) < 0:
-        signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)
-    os._exit(code or 0)
+    if number < 0:
+        signal.signal(-number, signal.SIG_DFL)
+        os.kill(os.getpid(), -number)
+    os._exit(number)
 
 
 if __name__ == "__main__":

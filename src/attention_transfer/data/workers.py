@@ -20,7 +20,7 @@ from torch import Tensor
 from attention_transfer.data import decoding, shared_pixels
 from attention_transfer.data.decoding import Picture
 from attention_transfer.data.image_files import Shape
-from attention_transfer.data.shared_pixels import SharedPixels
+from attention_transfer.data.shared_pixels import SharedPixels, UnknownBlockError
 from attention_transfer.data.views import ViewRecipe
 from attention_transfer.errors import StudyError
 
@@ -53,16 +53,29 @@ Work = tuple[Sequence[Picture], Shape, ViewRecipe | None, np.ndarray, int]
 
 
 @dataclass(frozen=True)
+class Part:
+    """A share of a batch.
+
+    Attributes:
+        rows: of the batch.
+        done: when their pixels are there.
+    """
+
+    rows: slice
+    work: Work
+    done: Future[None]
+
+
+@dataclass(frozen=True)
 class Begun:
     """Images that the processes are at.
 
     Attributes:
         pixels: where they go.
-        parts: by share of the rows, done when its pixels are there.
     """
 
     pixels: SharedPixels
-    parts: list[tuple[slice, Future[None]]]
+    parts: list[Part]
 
     def shares(self) -> Iterator[tuple[slice, Tensor]]:
         """Rows and their pixels, uint8 (rows, channels, size, size), in order; the pixels are good until the next.
@@ -70,18 +83,21 @@ class Begun:
         Raises:
             StudyError: a file has changed or cannot be decoded; a process has been killed.
         """
-        for rows, part in self.parts:
+        for part in self.parts:
             try:
-                part.result()
+                try:
+                    part.done.result()
+                except UnknownBlockError:
+                    pool().submit(_render, self.pixels, part.rows, part.work).result()
             except BrokenProcessPool as error:
                 raise _killed() from error
-            yield rows, self.pixels.rows(rows)
+            yield part.rows, self.pixels.rows(part.rows)
         self.pixels.give_back()
 
     def drop(self) -> None:
         """What no process is at yet is not begun; where one is, it goes on writing, and the block is not lent again."""
-        for _, part in self.parts:
-            part.cancel()
+        for part in self.parts:
+            part.done.cancel()
 
 
 def begin(
@@ -99,7 +115,7 @@ def begin(
     try:
         for rows in itertools.starmap(slice, itertools.pairwise(bounds)):
             work = pictures[rows], shape, recipe, examples[rows], view
-            parts.append((rows, pool().submit(_render, pixels, rows, work)))
+            parts.append(Part(rows, work, pool().submit(_render, pixels.to_send(), rows, work)))
     except BrokenProcessPool as error:
         raise _killed() from error
     return Begun(pixels, parts)

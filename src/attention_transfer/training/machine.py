@@ -14,7 +14,7 @@ DEVICE = "ATTENTION_TRANSFER_DEVICE"
 THREADS = "ATTENTION_TRANSFER_THREADS"
 LOCAL = "LOCAL_RANK"  # number of this process on its node, from PyTorch's launcher
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 KEPT = 2**30  # bytes
 
 
@@ -60,8 +60,10 @@ def prepare() -> torch.device:
 def _keep_freed_memory() -> None:
     """A step's tensors take the places of the last step's.
 
-    glibc gives large blocks back to the kernel, which hands them out again page by page, zeroed, a fault each.
+    glibc gives large blocks back to the kernel, which hands them out again page by page, zeroed, a fault each. It gives
+    back, too, what a thread other than the first has freed, unless all share one arena.
     """
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc alone has it
         libc.mallopt(M_MMAP_THRESHOLD, KEPT)
         libc.mallopt(M_TRIM_THRESHOLD, KEPT)
+        libc.mallopt(M_ARENA_MAX, 1)
