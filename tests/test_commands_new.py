@@ -177,6 +177,8 @@ def test_the_size_of_a_published_teachers_images_can_be_chosen(repository: Path)
         write(teacher="timm:vit_small_patch16_224.dino", size=100)
     with pytest.raises(StudyError, match=r"--teacher: vit_small_patch16_224\.dano is no published model"):
         write(teacher="timm:vit_small_patch16_224.dano")
+    with pytest.raises(StudyError, match=r"choose one that is: .*vit_small_patch16_224\."):
+        write(teacher="timm:vit_smal_patch16_224.dino")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Checks the whole file, shapes and disk room included, and says what the caches will take.
+    """Checks a params.yaml as a whole, shapes and disk room included, and says what the caches will take.
 
     Also mends DVC's lock file after a kill, and removes checkpoints that are done with.
     """
@@ -187,7 +187,11 @@ def report(arguments: argparse.Namespace) -> None:
     stage = f"{graph}:report"
     command = [sys.executable, "-m", "dvc", "repro", "--quiet", "--single-item", stage]
     if subprocess.run(command, check=False).returncode:
-        sys.exit(1)
+        raise StudyError(
+            "the report could not be made: what it is made of is missing, or its stage failed",
+            where=stage,
+            remedy=f"run the study (dvc repro {graph}), or see what is the matter: dvc repro --single-item {stage}",
+        )
     show(arguments)
 
 
@@ -232,6 +236,8 @@ def ui(arguments: argparse.Namespace) -> None:
     """Serves MLflow's pages on this machine."""
     from attention_transfer import tracking
 
+    tracking.check_free(Path(), port=arguments.port, host=arguments.host)
+    print("bringing the records under metrics/ into MLflow ..", flush=True)
     sync(argparse.Namespace(json=False))
     address = f"http://{arguments.host}:{arguments.port}"
     print(f"MLflow UI: {address} (ready in about half a minute; Ctrl-C ends it)")
@@ -311,9 +317,11 @@ def _describe_plan(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--once",
         action="store_true",
-        help="nothing where students have been trained already; else kept for MLflow",
+        help="do nothing where students have been trained already; else keep the forecast for MLflow",
     )
-    stated = command.add_argument_group("on GPUs that are not here", "what is not stated stays open")
+    stated = command.add_argument_group(
+        "on GPUs that are not here", "what you do not state is left out of the answer"
+    )
     stated.add_argument(
         "--gpus", type=_count, nargs="+", metavar="N", help="how many; several numbers: a row each"
     )

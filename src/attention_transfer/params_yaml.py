@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,13 @@ for _name, (_first, _pattern) in _PLAIN.items():
 Loader.add_constructor(_TAG + "int", Loader.integer)
 
 
+def _nearest(path: Path) -> str:
+    """The preset whose name is like that of a file that is not there."""
+    presets = {preset.stem: preset for preset in Path("presets").glob("*.yaml")}
+    near = difflib.get_close_matches(path.stem, presets, n=1)
+    return f"; did you mean {presets[near[0]]}?" if near else ""
+
+
 def read(path: Path) -> dict[str, Any]:
     """The content of a file, with tuples for lists.
 
@@ -63,7 +71,7 @@ def read(path: Path) -> dict[str, Any]:
         return parse(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError as error:
         raise StudyError(
-            "does not exist", where=str(path), remedy="give the path of a params.yaml"
+            "does not exist", where=str(path), remedy=f"give the path of a params.yaml{_nearest(path)}"
         ) from error
     except OSError as error:
         raise StudyError(

@@ -93,7 +93,7 @@ def statement(study: Study, device: torch.device, measured: Speeds, found: Forec
         "passes (teacher, predictions): the same, without gradients",
         f"cache: a temporary one, written as the stage does and removed (rows: {rows}), read once after the page "
         "cache has dropped it where the system allows that, checksums verified, and once more",
-        "start: one process that imports what a stage imports",
+        f"start: {_time(measured.start)}, one process that imports what a stage imports",
         f"not measured: DVC's own time, and the work of {', '.join(STARTED_ONLY)}, probe and resolve, whose start "
         "alone is in the forecast",
     ]
@@ -117,7 +117,7 @@ def _json(
         "seconds": found.seconds,
         "experiments": dict(more),
         "statement": statement(study, device, measured, found),
-        "notes": _notes(study, found),
+        "notes": _notes(study, measured, found),
     }
     return json.dumps(values, indent=1, sort_keys=True, allow_nan=False)
 
@@ -177,14 +177,19 @@ def _text(
         ),
         _table("Stages, all instances", ["stage", "time"], [*stages, ["all", _time(found.seconds)]]),
         experiments,
-        "\n".join(_notes(study, found)),
+        "\n".join(_notes(study, measured, found)),
         "Measured: " + ";\n  ".join(statement(study, device, measured, found)) + ".",
     ]  # fmt: skip
     return "\n\n".join(section for section in sections if section)
 
 
-def _notes(study: Study, found: Forecast) -> list[str]:
+def _notes(study: Study, measured: Speeds, found: Forecast) -> list[str]:
     lines = [note] if (note := plan.unread_views(study)) else []
+    if measured.load > (cores := provenance.machine()["cores"]):
+        lines.append(
+            f"The machine was busy before this began (load average {measured.load:.1f} on {cores} cores): on an "
+            "idle one all times are shorter"
+        )
     for name, by_source in found.by_source.items():
         if by_source:
             lines.append(

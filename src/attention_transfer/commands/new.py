@@ -38,6 +38,7 @@ LARGE_RUNS = {
     "distill": "layers: all, attention_loss: { weight: 3.0, reduction: sum }, learning_rate: 0.00002, "
     "weight_decay: 0.3, betas: [0.9, 0.95], drop_path: 0.2",
 }
+NAMING = "choose another name: a small letter, then small letters, digits and _, 40 at most"
 TIMM = "timm:"  # begins the name of a published teacher
 
 
@@ -103,7 +104,8 @@ def write(
         try:
             config.load(temporary)  # an impossible size, say, is said before anything is there
         except StudyError as error:
-            raise StudyError(error.problem, where=str(preset), remedy="choose another --size") from error
+            remedy = NAMING if error.problem.startswith("name: ") else "choose another --size"
+            raise StudyError(error.problem, where=str(preset), remedy=remedy) from error
     folder.mkdir(parents=True)
     write_text(folder / "where.yaml", f"where:\n  root: ../..\n  params: {preset}\n")
     write_text(

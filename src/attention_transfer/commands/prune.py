@@ -70,7 +70,7 @@ def show(study: Study, experiments: Sequence[Study] = (), *, delete_too: bool, a
         if delete_too:
             delete(stale)
     total, shared = sum(stale.bytes for stale in found), sum(stale.shared for stale in found)
-    print(f"{len(found)} in all, {total / 1e6:.3f} MB")
+    print(f"{len(found)} in all, {total / 1e6:.3f} MB" if found else "nothing to delete: all is still needed")
     if shared:
         print(
             f"{shared / 1e6:.3f} MB of that have another name, as files in DVC's cache have: "

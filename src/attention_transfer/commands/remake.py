@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from attention_transfer import lock_file
+from attention_transfer import lock_file, params_yaml
 from attention_transfer.errors import StudyError
 
 
@@ -23,13 +23,17 @@ def remake(target: str) -> int:
         target: as DVC names it, such as `studies/smoke/dvc.yaml:split`; without a path, of ./dvc.yaml.
 
     Raises:
-        StudyError: there is no such dvc.yaml, or no repository of DVC around it.
+        StudyError: there is no such dvc.yaml, no such stage in it, or no repository of DVC around it.
     """
     graph, _, stage = target.rpartition(":")
     path = Path(graph or "dvc.yaml")
     if not path.exists():
         raise StudyError(
             "does not exist", where=str(path), remedy="name the stage as DVC does: dvc stage list --all"
+        )
+    if stage.partition("@")[0] not in params_yaml.read(path).get("stages", {}):
+        raise StudyError(
+            f"has no stage {stage!r}", where=str(path), remedy=f"name one of its own: dvc stage list {path}"
         )
     cache = _cache()
     for digest in lock_file.outputs(path.with_name(lock_file.NAME), stage):

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 
+from attention_transfer import lock_file
 from attention_transfer.commands import show_experiment
 from attention_transfer.config import Study
 from attention_transfer.errors import StudyError
@@ -24,7 +25,9 @@ def show(study: Study, params: str, *, as_json: bool) -> None:
     report = Layout.of(study).report
     table, page = report / "tables" / "main.md", report / "report.html"
     if not table.exists():
-        raise StudyError("has no report yet", where=params, remedy="run: dvc repro")
+        graph = lock_file.path(study.name).with_name("dvc.yaml")
+        remedy = f"run the study: dvc repro {graph}"
+        raise StudyError("has no report yet", where=params, remedy=remedy)
     if as_json:
         with table.with_suffix(".csv").open(encoding="utf-8", newline="") as file:
             rows = [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]

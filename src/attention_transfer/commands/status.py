@@ -65,7 +65,11 @@ def show(graph: Path, metrics: Path, *, as_json: bool) -> None:
         )
     headers = ["stage", "to run", "if these change", "why", "time, one at a time"]
     print(tabulate(rows, headers, tablefmt="simple", disable_numparse=True))
-    print(f"\nAll of them: {_time(found)}, from the times of earlier runs. To run them: dvc repro {graph}")
+    if any(each.seconds is not None for each in found):
+        whole = f"All of them: {_time(found)}, from the times of earlier runs."
+    else:
+        whole = "None of them has run yet; `plan` forecasts their times."
+    print(f"\n{whole} To run them: dvc repro {graph}")
 
 
 def examine(graph: Path, metrics: Path) -> list[Stale]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def tagged(name: str, *, where: str) -> Tagged:
         return _on_hub(name, where=where)
     entry = name.partition(".")[0]
     if not is_model(entry) or name not in list_pretrained(f"{entry}*"):
-        known = ", ".join(list_pretrained(f"{entry}.*")[:8]) or "none of this entry"
+        names = list_pretrained(f"{entry}.*")[:8] or difflib.get_close_matches(name, list_pretrained(), n=5)
+        known = ", ".join(names) or "timm.list_pretrained() has all"
         raise StudyError(
             f"{name} is no published model of timm", where=where, remedy=f"choose one that is: {known}"
         )

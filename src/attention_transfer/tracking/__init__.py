@@ -6,7 +6,7 @@ imports from the records whatever the view lacks, so that the view can be lost a
 
 from attention_transfer.tracking.runs import Tracker, Unshown, start
 from attention_transfer.tracking.sync import SyncReport, sync
-from attention_transfer.tracking.ui import serve
+from attention_transfer.tracking.ui import check_free, serve
 from attention_transfer.tracking.views import MAIN, links
 
-__all__ = ["MAIN", "SyncReport", "Tracker", "Unshown", "links", "serve", "start", "sync"]
+__all__ = ["MAIN", "SyncReport", "Tracker", "Unshown", "check_free", "links", "serve", "start", "sync"]

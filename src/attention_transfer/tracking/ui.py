@@ -29,11 +29,11 @@ def command(root: Path, *, port: int, host: str) -> list[str]:
     ]
 
 
-def serve(root: Path, *, port: int, host: str = "127.0.0.1") -> NoReturn:
-    """Replaces this process by `mlflow server`; it answers after up to half a minute.
+def check_free(root: Path, *, port: int, host: str = "127.0.0.1") -> None:
+    """Whether a server can be started here.
 
     Raises:
-        StudyError: the store is a server already or cannot be opened, or the port is taken.
+        StudyError: the store is a server already, or the port is taken.
     """
     uri = address(root)
     if is_server(uri):
@@ -50,8 +50,18 @@ def serve(root: Path, *, port: int, host: str = "127.0.0.1") -> NoReturn:
             raise StudyError(
                 f"cannot be listened on: {error.strerror}",
                 where=f"{host}:{port}",
-                remedy="choose another port, or open the server that is running there",
+                remedy=f"choose another port: make ui PORT={port + 1}; or open the server that is running there",
             ) from error
+
+
+def serve(root: Path, *, port: int, host: str = "127.0.0.1") -> NoReturn:
+    """Replaces this process by `mlflow server`; it answers after up to half a minute.
+
+    Raises:
+        StudyError: the store is a server already or cannot be opened, or the port is taken.
+    """
+    check_free(root, port=port, host=host)
+    uri = address(root)
     try:
         connect(root)  # the server must not make the database while a stage does
     except Exception as error:  # whatever mlflow, the database or its driver raises
@@ -60,5 +70,4 @@ def serve(root: Path, *, port: int, host: str = "127.0.0.1") -> NoReturn:
             where=redacted(uri),
             remedy="start that database, or unset MLFLOW_TRACKING_URI to see the local one",
         ) from error
-    print(f"MLflow: http://{host}:{port} (ready in about 20 s; Ctrl-C ends it)", flush=True)
     os.execve(sys.executable, command(root, port=port, host=host), {**ENVIRONMENT, **os.environ})
