@@ -133,7 +133,7 @@ def test_a_missing_file_is_found(name: str, study_folder: Path) -> None:
 def test_a_missing_set_is_found(study_folder: Path) -> None:
     shutil.rmtree(TINY.cache("second") / "test")
     (problem,) = verify(STUDY)
-    assert "no finished attention cache" in problem.problem
+    assert "has not been made yet" in problem.problem
     assert problem.remedy.endswith("cache@second")
 
 

@@ -37,6 +37,19 @@ def with_params(graph: str, folder: Path, params: Path) -> str:
     return graph.replace(_VARS, f"{_VARS}  - {os.path.relpath(params, folder)}\n")
 
 
+def stages(graph: Path) -> set[str]:
+    """Names of a dvc.yaml's stages; of one that is made several times, the part before the `@`.
+
+    Raises:
+        StudyError: the file is no YAML.
+    """
+    try:
+        found: dict[str, object] = yaml.safe_load(graph.read_text(encoding="utf-8"))["stages"]
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise StudyError("lists no stages", where=str(graph), remedy=_REMEDY) from error
+    return set(found)
+
+
 def check(study: Study) -> None:
     """Compares the graph that studies/graphs.py wrote with the params, which may have changed since.
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from attention_transfer import lock_file, params_yaml
+from attention_transfer import graph_file, lock_file
 from attention_transfer.errors import StudyError
 
 
@@ -31,7 +31,7 @@ def remake(target: str) -> int:
         raise StudyError(
             "does not exist", where=str(path), remedy="name the stage as DVC does: dvc stage list --all"
         )
-    if stage.partition("@")[0] not in params_yaml.read(path).get("stages", {}):
+    if stage.partition("@")[0] not in graph_file.stages(path):
         raise StudyError(
             f"has no stage {stage!r}", where=str(path), remedy=f"name one of its own: dvc stage list {path}"
         )
