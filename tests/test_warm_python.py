@@ -42,6 +42,14 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard() -> Iterator[None]:
+    """Also where these tests have been put into the background, whose processes ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     (tmp_path / "pipeline").mkdir()
@@ -122,6 +130,16 @@ def test_signals_reach_the_stage(number: signal.Signals, code: int, warm: Path, 
     while psutil.pid_exists(stage):
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_what_is_ignored_stays_ignored(warm: Path, place: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    client, _ = sleeping(warm, place)
+    client.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert client.poll() is None
+    client.send_signal(signal.SIGTERM)
+    assert client.wait(60) == 5
 
 
 def test_a_killed_stage_is_told(warm: Path, place: Path) -> None:

@@ -26,6 +26,7 @@ import threading
 import time
 import types
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,6 +49,11 @@ SETTINGS = {
     "OMP_NUM_THREADS": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }  # that libraries read when they are loaded
+HEARD: dict[int, Any] = {
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGHUP: signal.SIG_DFL,
+}  # by a process that Python has started
 CLIENT = """#!{python} -IS
 import os, sys
 script = sys.argv[1] if len(sys.argv) > 1 else ""
@@ -56,14 +62,15 @@ if script.split("/")[-2:-1] != ["pipeline"] or any(os.environ.get(name) != value
 import json, signal, socket
 server = socket.socket(socket.AF_UNIX)
 server.connect("{socket}")
-request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+heard = [number for number in {heard} if signal.getsignal(number) != signal.SIG_IGN]
+request = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ), heard]).encode()
 socket.send_fds(server, [len(request).to_bytes(4)], [0, 1, 2])
 server.sendall(request)
 def told():
     found = server.recv(4, socket.MSG_WAITALL)
     return int.from_bytes(found) if len(found) == 4 else sys.exit("the server of warm stages has ended")
 pid = told()
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+for number in heard:
     signal.signal(number, lambda number, frame: os.kill(pid, number))
 status = os.waitstatus_to_exitcode(told())
 if status < 0:
@@ -91,7 +98,9 @@ def folder(place: Path) -> Iterator[Path]:
             assert server.poll() is None, "the server of warm stages has ended"
             time.sleep(0.05)
         client = place / "python"
-        client.write_text(CLIENT.format(python=python, socket=path, settings=SETTINGS))
+        client.write_text(
+            CLIENT.format(python=python, socket=path, settings=SETTINGS, heard=[*map(int, HEARD)])
+        )
         client.chmod(0o755)
         yield place
     finally:
@@ -99,12 +108,27 @@ def folder(place: Path) -> Iterator[Path]:
         server.wait()
 
 
-def request(connection: socket.socket) -> tuple[list[str], str, dict[str, str], list[int]]:
-    """Arguments, folder, environment and open files of a client."""
-    size, files, _, _ = socket.recv_fds(connection, 4, 3)
-    told = connection.recv(int.from_bytes(size), socket.MSG_WAITALL)
-    arguments, where, environment = json.loads(told)
-    return arguments, where, environment, files
+@dataclass(frozen=True)
+class Request:
+    """What `python SCRIPT ..` was asked to be.
+
+    Attributes:
+        heard: numbers of the signals that it does not ignore.
+        files: its input, output and errors.
+    """
+
+    arguments: list[str]
+    folder: str
+    environment: dict[str, str]
+    heard: list[int]
+    files: list[int]
+
+    @classmethod
+    def read(cls, connection: socket.socket) -> Request:
+        size, files, _, _ = socket.recv_fds(connection, 4, 3)
+        told = connection.recv(int.from_bytes(size), socket.MSG_WAITALL)
+        arguments, folder, environment, heard = json.loads(told)
+        return cls(arguments, folder, environment, heard, files)
 
 
 def serve(path: str) -> list[str]:
@@ -120,7 +144,7 @@ def serve(path: str) -> list[str]:
         for key, _ in waiting.select():
             if key.fileobj is listening:
                 connection, _ = listening.accept()
-                arguments, where, environment, files = request(connection)
+                request = Request.read(connection)
                 if (pid := os.fork()) == 0:
                     listening.close()
                     connection.close()
@@ -128,9 +152,9 @@ def serve(path: str) -> list[str]:
                     for _, process, other in set(stages.values()):
                         os.close(process)
                         other.close()
-                    become(arguments, where, environment, files)
-                    return arguments
-                for file in files:
+                    become(request)
+                    return request.arguments
+                for file in request.files:
                     os.close(file)
                 connection.sendall(pid.to_bytes(4))
                 process = os.pidfd_open(pid)
@@ -151,17 +175,20 @@ def serve(path: str) -> list[str]:
                 connection.close()
 
 
-def become(arguments: list[str], where: str, environment: dict[str, str], files: list[int]) -> None:
-    """Makes this process what `python SCRIPT ..` would have been."""
-    for number, file in enumerate(files):
+def become(request: Request) -> None:
+    """Makes this process what was asked for."""
+    for number, file in enumerate(request.files):
         os.dup2(file, number)
         os.close(file)
-    os.chdir(where)
+    # A shell that puts work into the background has it ignore Ctrl-C.
+    for signalled, usual in HEARD.items():
+        signal.signal(signalled, usual if signalled in request.heard else signal.SIG_IGN)
+    os.chdir(request.folder)
     os.environ.clear()
-    os.environ.update(environment)
-    sys.argv = arguments
-    own = [folder for folder in environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
-    sys.path[:1] = [str(Path(arguments[0]).absolute().parent), *own]
+    os.environ.update(request.environment)
+    sys.argv = request.arguments
+    own = [folder for folder in request.environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    sys.path[:1] = [str(Path(request.arguments[0]).absolute().parent), *own]
 
 
 def main(path: str) -> NoReturn:
