@@ -53,6 +53,7 @@ chromium:
 # Compiling the bytecode once takes half a minute and saves several seconds in each of the study's stages.
 $(READY):
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; v in ((3, 11), (3, 12)) or sys.exit("error: Python %d.%d: this needs 3.11 or 3.12; name one with: make PYTHON=python3.11" % v)'
+	@echo "Sets up $(VENV), 7 GB, in some minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python -r requirements.lock
