@@ -133,7 +133,7 @@ def test_a_missing_file_is_found(name: str, study_folder: Path) -> None:
 def test_a_missing_set_is_found(study_folder: Path) -> None:
     shutil.rmtree(TINY.cache("second") / "test")
     (problem,) = verify(STUDY)
-    assert "has not been made yet" in problem.problem
+    assert problem.problem == "is missing: not made yet, or removed"
     assert problem.remedy.endswith("cache@second")
 
 

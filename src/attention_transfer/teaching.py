@@ -14,10 +14,10 @@ from attention_transfer.models import students, vit
 from attention_transfer.transfer.cache import CacheReader
 from attention_transfer.transfer.method import Needs
 from attention_transfer.transfer.teacher_source import (
-    Aligned,
     CachedTeacher,
     OnlineTeacher,
     TeacherSource,
+    aligning,
     averaging,
     is_cached,
 )
@@ -36,9 +36,7 @@ def teacher_source(
     over = parts.study.runs[run].average
     # The mean over examples is taken once, and then no other set is needed.
     source = _source(parts, run, "views" if over == "examples" else which, needs)
-    theirs, own = vit.tokens(parts.study, run)
-    if theirs != own and needs.what not in ("features", "logits"):
-        source = Aligned(source, theirs, own)
+    source = aligning(source, needs, *vit.tokens(parts.study, run))
     with torch.autocast(parts.device.type, torch.bfloat16, enabled=parts.bfloat16):
         return averaging(source, over, _labelled_views(parts))
 

@@ -97,7 +97,9 @@ def _set(parts: Parts, teacher: str, which: str, sample: int) -> Checked:
     folder, found = parts.layout.cache(teacher) / which, Checked(teacher, which)
     if not folder.exists():
         remedy = f"run the stage that writes it: {_repro(parts.study, teacher)}"
-        found.problems = [StudyError("has not been made yet", where=str(folder), remedy=remedy)]
+        found.problems = [
+            StudyError("is missing: not made yet, or removed", where=str(folder), remedy=remedy)
+        ]
         return found
     anew = f"make it anew, from its intact shards: {_repro(parts.study, teacher, again=True)}"
     try:

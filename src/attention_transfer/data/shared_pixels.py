@@ -31,7 +31,7 @@ class SharedPixels:
         shape: count, channels, size, size.
         number: of the block, in the process that lends it.
         block: uint8, at least as long; it ends with its last reference, in whatever process. None where it is only
-            told of: to send it takes a millisecond of two processors, as much as half a decoded photograph.
+            told of: to send it takes a millisecond, a photograph two or three.
         lent: how often the block has been lent before.
     """
 

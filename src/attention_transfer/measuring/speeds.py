@@ -23,10 +23,10 @@ from attention_transfer.models import vit
 from attention_transfer.transfer.cache import SHARD_BYTES, CacheReader, CacheWriter
 from attention_transfer.transfer.method import Needs
 from attention_transfer.transfer.teacher_source import (
-    Aligned,
     CachedTeacher,
     OnlineTeacher,
     TeacherSource,
+    aligning,
     averaging,
     is_cached,
     teacher_attention,
@@ -199,14 +199,11 @@ def _sources(
         return {"step": None}
     run, attention = subject.study.runs[name], subject.study.attention
     network = model if run.logit_loss is None else subject.tutor(run.logit_loss.teacher)
-    online: TeacherSource = OnlineTeacher(network, needs, attention.dtype, attention.content)
-    cached: TeacherSource = online
+    tokens = vit.tokens(subject.study, name)
+    online = aligning(OnlineTeacher(network, needs, attention.dtype, attention.content), needs, *tokens)
+    cached = online
     if is_cached(needs, attention.content):
-        cached = CachedTeacher(CacheReader(folder, expect=None), needs)
-    theirs, own = vit.tokens(subject.study, name)
-    if theirs != own and needs.what not in ("features", "logits"):
-        aligned = Aligned(online, theirs, own)
-        online, cached = aligned, aligned if cached is online else Aligned(cached, theirs, own)
+        cached = aligning(CachedTeacher(CacheReader(folder, expect=None), needs), needs, *tokens)
     rows = np.arange(8)
     batches = [(subject.clean(rows), rows, 0)]
     online_step = averaging(online, run.average, batches)

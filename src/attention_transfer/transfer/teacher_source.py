@@ -169,6 +169,14 @@ class Aligned:
         return align(layer, self.teacher, self.student)
 
 
+def aligning(
+    source: TeacherSource, needs: Needs, teacher: TokenLayout, student: TokenLayout
+) -> TeacherSource:
+    """The source, for a student whose tokens may be others; features and logits have none to align."""
+    alike = teacher == student or needs.what in ("features", "logits")
+    return source if alike else Aligned(source, teacher, student)
+
+
 class Averaged:
     """A teacher's maps, each replaced by its mean over queries, heads or the transferred layers."""
 
