@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from attention_transfer import __main__ as command
+from attention_transfer import config
 from attention_transfer.errors import StudyError
 
 ROOT = Path(__file__).parents[1]
@@ -232,3 +233,14 @@ def test_an_error_of_every_command_is_read_in_the_same_way(
             == "error: x.yaml: key: is wrong\n  What to do: mend it"
         )
         assert told(capsys) == {"error": {"where": "x.yaml: key", "problem": "is wrong", "remedy": "mend it"}}
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"), [("smoke", "smoke"), ("presets/smok.yaml", "smoke"), ("tunes.yml", "tune")]
+)
+def test_a_params_file_that_is_not_there_may_be_a_preset(
+    given: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(StudyError, match=f"did you mean presets/{meant}.yaml"):
+        config.load(given)
