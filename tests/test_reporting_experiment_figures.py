@@ -12,6 +12,7 @@ from matplotlib.patches import Rectangle
 
 from attention_transfer import config
 from attention_transfer.reporting import experiment_figures
+from attention_transfer.reporting.contrasts import COMPONENTS
 from attention_transfer.reporting.experiments import Experiment
 from attention_transfer.reporting.figures import Drawing
 from attention_transfer.reporting.records import Records, load
@@ -90,14 +91,18 @@ def test_the_line_of_an_experiment_with_all_layers_ends_there(records: Records) 
 
 
 @pytest.mark.slow
-def test_every_family_has_its_five_bars(records: Records) -> None:
-    (axes,) = drawn(records, "families").figure.axes
+@pytest.mark.parametrize("name", sorted(set(COMPONENTS.values())))
+def test_every_family_has_its_five_bars(name: str, records: Records) -> None:
+    components = [component for component, its in COMPONENTS.items() if its == name]
+    (axes,) = drawn(records, name).figure.axes
     bars = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
-    assert len(bars) == 7 * 5
+    assert len(bars) == 5 * len(components)
     names = [label.get_text() for label in axes.get_xticklabels()]
-    assert names[:2] == ["layer scale", "registers"]
-    found, scratch = experiment("families"), records.values("accuracy", "scratch")
-    gains = [found.accuracy["copy_layer_scale_plain"][seed] - scratch[seed] for seed in found.study.seeds]
+    assert names == [component.replace("_", " ") for component in components]
+    found, scratch = experiment(name), records.values("accuracy", "scratch")
+    gains = [
+        found.accuracy[f"copy_{components[0]}_plain"][seed] - scratch[seed] for seed in found.study.seeds
+    ]
     assert bars[0].get_height() == pytest.approx(100 * np.mean(gains))
 
 

@@ -127,6 +127,7 @@ class Claim:
         p_adjusted: by Holm, of a main claim; NaN of others.
         size: the effect in standard deviations of its values over seeds.
         unit: of the effect; points, and what begins with %, are hundredths.
+        part: the study's experiment that has the runs, where that is only a part of the paper's.
     """
 
     id: str
@@ -146,10 +147,16 @@ class Claim:
     p_adjusted: float = math.nan
     size: EffectSize | None = None
     unit: str = "points"
+    part: str = ""
 
     @property
     def experiment(self) -> str:
         return self.id.split("/")[0]
+
+    @property
+    def section(self) -> str:
+        """The study's experiment whose section of the report has it."""
+        return self.part or self.experiment
 
     @property
     def measured(self) -> str:
@@ -251,7 +258,7 @@ def of_experiments(
     """Verdicts on the claims of the experiments that the study names, and why some cannot be judged."""
     names = {experiment.name for experiment in experiments}
     judged, untested = contrasts.judge(
-        [contrast for contrast in contrasts.CONTRASTS if contrast.id.split("/")[0] in names],
+        [contrast for contrast in contrasts.CONTRASTS if contrast.section in names],
         accuracies(records, experiments),
         margin=report.equivalence_margin,
         confidence=records.study.evaluation.confidence,
@@ -263,6 +270,7 @@ def of_experiments(
             records.study.evaluation.confidence,
             effect_text=wording.effect(asked),
             margin=report.equivalence_margin if asked.rule in ("equal", "not below") else None,
+            part=asked.part,
         )
         for asked, found in judged
     ], untested
@@ -289,6 +297,7 @@ def exploratory(
     effect_text: str,
     margin: float | None,
     unit: str = "points",
+    part: str = "",
 ) -> Claim:
     """The verdict on a claim that is none of the main ones: its effect is the mean of one value a seed."""
     zero = np.zeros(len(found.effects))
@@ -306,6 +315,7 @@ def exploratory(
         p_value=paired_t(found.effects, zero, alternative="two-sided"),
         size=effect_size(found.effects, zero, confidence),
         unit=unit,
+        part=part,
     )
 
 
@@ -315,7 +325,7 @@ def not_run(names: Sequence[str]) -> dict[str, str]:
         contrast.id: f"the experiment {name} has not been run"
         for name in names
         for contrast in contrasts.CONTRASTS
-        if contrast.id.split("/")[0] == name
+        if contrast.section == name
     }
 
 

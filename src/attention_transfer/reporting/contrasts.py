@@ -42,6 +42,7 @@ class Contrast:
         id: experiment of the paper's list, and name.
         weights: by run.
         rule: what the effect must be for the claim to be supported.
+        part: the study's experiment that has the runs, where that is only a part of the paper's.
     """
 
     id: str
@@ -49,10 +50,16 @@ class Contrast:
     published: str
     weights: Mapping[str, float]
     rule: Rule
+    part: str = ""
 
     def __post_init__(self) -> None:
         if abs(sum(self.weights.values())) > 1e-12:
             raise ValueError(f"{self.id}: weights add up to {sum(self.weights.values())}, not to 0")
+
+    @property
+    def section(self) -> str:
+        """The study's experiment whose section of the report has it."""
+        return self.part or self.id.split("/")[0]
 
     @property
     def formula(self) -> str:
@@ -158,7 +165,9 @@ def _above(low: float, high: float, threshold: float) -> Verdict:
     return "contradicted" if high < threshold else "not resolved"
 
 
-def _both(name: str, claim: str, published: str, rule: Rule, weights: Mapping[str, float]) -> list[Contrast]:
+def _both(
+    name: str, claim: str, published: str, rule: Rule, weights: Mapping[str, float], *, part: str = ""
+) -> list[Contrast]:
     """The same claim of copying and of distilling.
 
     Args:
@@ -172,6 +181,7 @@ def _both(name: str, claim: str, published: str, rule: Rule, weights: Mapping[st
             published,
             {run.replace("{method}", method): weight for run, weight in weights.items()},
             rule,
+            part,
         )
         for method, word in (("copy", "copied"), ("distill", "distilled"))
     ]
@@ -197,7 +207,16 @@ _REPLICATIONS = {
     ]
     for name, draw in (("teachers", 0), ("draw_1", 1), ("draw_2", 2))
 }
-_FAMILIES = ("layer_scale", "registers", "rotary", "relative_bias", "swiglu", "pre_norm", "qk_norm")
+COMPONENTS = {
+    "layer_scale": "families_norm",
+    "registers": "families_block",
+    "rotary": "families_position",
+    "relative_bias": "families_position",
+    "swiglu": "families_block",
+    "pre_norm": "families_norm",
+    "qk_norm": "families_norm",
+}
+"""Of teachers of other families, and the experiment that each is tried in."""
 
 CONTRASTS: tuple[Contrast, ...] = (
     Contrast(
@@ -342,37 +361,48 @@ CONTRASTS: tuple[Contrast, ...] = (
         "not below",
         difference("{method}_large", "finetune_large"),
     ),
+    *_both(
+        "families/simmim",
+        "The maps of a plain teacher pre-trained by SimMIM, {word}, beat scratch.",
+        "direction only: transfer works across pre-training methods",
+        "above",
+        difference("{method}_plain", "scratch"),
+        part="families_plain",
+    ),
     *(
         contrast
-        for family in _FAMILIES
+        for component, part in COMPONENTS.items()
         for contrast in _both(
-            f"families/{family}_plain",
-            f"Maps of a teacher with {family}, {{word}} by a plain student, fall below scratch.",
+            f"families/{component}_plain",
+            f"Maps of a teacher with {component}, {{word}} by a plain student, fall below scratch.",
             "4 of 11 families fall below scratch, 7 do not",
             "below",
-            difference(f"{{method}}_{family}_plain", "scratch"),
+            difference(f"{{method}}_{component}_plain", "scratch"),
+            part=part,
         )
     ),
     *(
         contrast
-        for family in _FAMILIES
+        for component, part in COMPONENTS.items()
         for contrast in _both(
-            f"families/{family}_matched",
-            f"Maps of a teacher with {family}, {{word}}: a student that has it too does better than a plain one.",
+            f"families/{component}_matched",
+            f"Maps of a teacher with {component}, {{word}}: a student that has it too does better than a plain one.",
             "direction only: matched components reverse the failure",
             "above",
-            difference(f"{{method}}_{family}_matched", f"{{method}}_{family}_plain"),
+            difference(f"{{method}}_{component}_matched", f"{{method}}_{component}_plain"),
+            part=part,
         )
     ),
     *(
         Contrast(
-            f"families/{family}_alone",
-            f"Without transfer, {family} does not help training from scratch.",
+            f"families/{component}_alone",
+            f"Without transfer, {component} does not help training from scratch.",
             "direction only: components alone do not help",
-            difference("scratch", f"scratch_{family}"),
+            difference("scratch", f"scratch_{component}"),
             "not below",
+            part,
         )
-        for family in _FAMILIES
+        for component, part in COMPONENTS.items()
     ),
     *(
         contrast

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from attention_transfer.config import Report
 from attention_transfer.evaluation.statistics import Interval, mean_interval
+from attention_transfer.reporting.contrasts import COMPONENTS
 from attention_transfer.reporting.experiments import Experiment, listed, references
 from attention_transfer.reporting.figures import (
     METHOD_COLOURS,
@@ -291,6 +292,6 @@ FIGURES: dict[str, Callable[[Experiment, Records, Report], Drawing]] = {
     "layers": _layers,
     "layers_rate": _layers,
     "heads": _heads,
-    "families": _families,
+    **dict.fromkeys(COMPONENTS.values(), _families),
 }
 """By experiment; the others are rows of intervals."""

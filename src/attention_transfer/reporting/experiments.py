@@ -27,7 +27,10 @@ HEADINGS = {
     "pretraining": "Other ways to pre-train",
     "pretraining_data": "Other images to pre-train on",
     "size": "Smaller and larger models",
-    "families": "Components of other families",
+    "families_plain": "A plain teacher pre-trained by SimMIM",
+    "families_position": "Components of other families: position",
+    "families_norm": "Components of other families: norms and scales",
+    "families_block": "Components of other families: registers and SwiGLU",
     "teachers": "Other seeds of the teacher",
     "draw_1": "Another draw of the labels",
     "draw_2": "A third draw of the labels",
@@ -129,7 +132,7 @@ def references(experiment: Experiment, records: Records, report: Report) -> dict
     """
     if experiment.study.own_data:
         return {}
-    asked = [contrast for contrast in CONTRASTS if contrast.id.split("/")[0] == experiment.name]
+    asked = [contrast for contrast in CONTRASTS if contrast.section == experiment.name]
     named = {report.scratch, report.finetune, *(run for contrast in asked for run in contrast.weights)}
     of = accuracies(records, [])
     found = {

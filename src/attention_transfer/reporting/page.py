@@ -252,7 +252,7 @@ def _verdicts(
     """Claims by experiment, how they stand, and what could not be tested."""
     by_experiment: dict[str, list[Claim]] = {}
     for claim in judged:
-        by_experiment.setdefault(claim.experiment, []).append(claim)
+        by_experiment.setdefault(claim.section, []).append(claim)
     rows = {claim.id: _claim_row(claim, headings, fixed) for claim in judged}
     return {
         "claims": {name: [rows[claim.id] for claim in found] for name, found in by_experiment.items()},
@@ -354,7 +354,7 @@ def _claim_row(
     return {
         "id": claim.id,
         "anchor": claim.id.replace("/", "-"),
-        "experiment": headings[claim.experiment],
+        "experiment": headings[claim.section],
         "place": "exploratory"
         if claim.exploratory
         else "main claim"
