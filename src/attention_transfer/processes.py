@@ -5,6 +5,7 @@ Without a process group there is one process, and nothing here does any work.
 
 from __future__ import annotations
 
+import atexit
 import os
 from typing import Any
 
@@ -25,6 +26,13 @@ def join(device: torch.device) -> None:
     """Meets the other processes, if the launcher has started any; gloo for the CPU, NCCL for GPUs."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
         distributed.init_process_group(backend(device))
+        atexit.register(_part)
+
+
+def _part() -> None:
+    """Ends the group while Python is whole: gloo's threads, left to its teardown, abort some processes (SIGABRT)."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def backend(device: torch.device) -> str:
