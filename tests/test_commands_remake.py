@@ -23,6 +23,13 @@ stages:
     cmd: {sys.executable} -c "{MAKE}"
     outs: [file, folder]
 """
+INSTANCES = f"""
+stages:
+  make:
+    matrix: {{name: [x, y]}}
+    cmd: {sys.executable} -c "from pathlib import Path; Path('${{item.name}}').write_text('${{item.name}}' * 9)"
+    outs: ['${{item.name}}']
+"""
 
 
 def dvc(*arguments: str) -> str:
@@ -71,19 +78,21 @@ def test_damaged_outputs_are_whole_again_in_both_places(
 
 
 def test_all_instances_of_a_stage_by_its_name(repository: Path) -> None:
-    graph = f"""
-stages:
-  make:
-    matrix: {{name: [x, y]}}
-    cmd: {sys.executable} -c "from pathlib import Path; Path('${{item.name}}').write_text('${{item.name}}' * 9)"
-    outs: ['${{item.name}}']
-"""
-    Path("dvc.yaml").write_text(graph)
+    Path("dvc.yaml").write_text(INSTANCES)
     dvc("repro")
     flip(Path("x"))
     truncate(Path("y"))
     assert remake("make") == 0
     assert (Path("x").read_text(), Path("y").read_text()) == ("x" * 9, "y" * 9)
+
+
+def test_an_instance_that_is_not_there_is_an_error_and_one_that_never_ran_is_run(repository: Path) -> None:
+    Path("dvc.yaml").write_text(INSTANCES)
+    with pytest.raises(StudyError, match="has no stage 'make@z'") as caught:
+        remake("make@z")
+    assert caught.value.remedy in ("did you mean 'make@x'?", "did you mean 'make@y'?")
+    assert remake("make@y") == 0
+    assert (Path("x").exists(), Path("y").read_text()) == (False, "y" * 9)
 
 
 def test_a_stage_that_never_ran_is_run(repository: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from attention_transfer import graph_file, lock_file
+from attention_transfer.config_errors import nearest
 from attention_transfer.errors import StudyError
 
 
@@ -36,11 +37,27 @@ def remake(target: str) -> int:
             f"has no stage {stage!r}", where=str(path), remedy=f"name one of its own: dvc stage list {path}"
         )
     cache = _cache()
-    for digest in lock_file.outputs(path.with_name(lock_file.NAME), stage):
+    made = lock_file.outputs(path.with_name(lock_file.NAME), stage)
+    if "@" in stage and not made and stage not in (known := _instances(path)):
+        raise StudyError(f"has no stage {stage!r}", where=str(path), remedy=nearest(stage, known))
+    for digest in made:
         for found in [*_members(cache, digest), digest]:
             _object(cache, found).unlink(missing_ok=True)
     command = [sys.executable, "-m", "dvc", "repro", "--force", "--single-item", f"{path}:{stage}"]
     return subprocess.run(command, check=False).returncode
+
+
+def _instances(path: Path) -> list[str]:
+    """The names that DVC gives to a graph's stages, each instance for itself."""
+    command = [sys.executable, "-m", "dvc", "stage", "list", "--name-only", str(path)]
+    told = subprocess.run(command, check=False, capture_output=True, text=True)
+    if told.returncode:
+        raise StudyError(
+            f"DVC cannot read it: {told.stderr.strip()[:500]}",
+            where=str(path),
+            remedy="correct what it names",
+        )
+    return [line.rpartition(":")[2] for line in told.stdout.splitlines()]
 
 
 def _members(cache: Path, digest: str) -> Iterator[str]:
