@@ -42,6 +42,7 @@ FAMILIES = (
 )
 MARK = "ATTENTION_TRANSFER_FAULTS"  # in the environment of every process of one start
 PATIENCE = 60.0  # seconds that a killed run may take to end
+USUAL = 5.0  # seconds of a stage that the undisturbed run found done
 TEMPORARY = (".ckpt", "runs", "metrics", "reports")
 TARGETS = ("dvc", "stage", "group")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -277,7 +278,7 @@ def disturbed(
         for stage in run.stages():
             family = stage.partition("@")[0]
             if done[family] < shares.get(family, 0):
-                kill = attempt(run, stage, lasts.get(family, 1.0), chance)
+                kill = attempt(run, stage, lasts.get(family, USUAL), chance)
                 if kill is not None:
                     done[family] += 1
                     kills.append(kill)

@@ -135,7 +135,7 @@ def test_the_whole_way(folder: Path) -> None:
         "fine-tuning is not shown to differ from training from scratch",
     )
     assert any(answer in report for answer in answers), report[:3000]
-    assert "| distill " in said["make study STUDY=flowers"]
+    assert "\ndistill  " in said["make study STUDY=flowers"]
     model = timm.create_model(f"local-dir:{folder}/exports/flowers/distill-0", pretrained=True).eval()
     assert model.pretrained_cfg["label_names"] == ["daisy", "rose", "tulip"]
     with torch.inference_mode():

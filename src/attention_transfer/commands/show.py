@@ -5,12 +5,20 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
+import shutil
+import textwrap
+
+from tabulate import tabulate
 
 from attention_transfer import lock_file
 from attention_transfer.commands import show_experiment
 from attention_transfer.config import Study
 from attention_transfer.errors import StudyError
 from attention_transfer.layout import Layout
+
+HEADING = 16
+"""Characters in a line of a table's heading."""
 
 
 def show(study: Study, params: str, *, as_json: bool) -> None:
@@ -33,8 +41,29 @@ def show(study: Study, params: str, *, as_json: bool) -> None:
             rows = [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
         print(json.dumps({"study": study.name, "report": str(page.resolve()), "runs": rows}))
         return
-    print(table.read_text(encoding="utf-8"))
+    print(as_text(table.read_text(encoding="utf-8")))
     print(f"Report:    {page.resolve()}\nMLflow UI: make ui")
+
+
+def as_text(markdown: str) -> str:
+    """A table of the report with its caption, for a terminal: without escapes, and with long headings in several lines.
+
+    Args:
+        markdown: the caption, an empty line, and a table with pipes.
+    """
+    caption, _, table = markdown.partition("\n\n")
+    cells = [
+        [re.sub(r"\\(.)", r"\1", cell.strip()) for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in table.strip().splitlines()
+    ]
+    headings, rules, *rows = cells
+    drawn = tabulate(
+        rows,
+        [textwrap.fill(heading, HEADING, break_long_words=False) for heading in headings],
+        colalign=["right" if rule.endswith(":") else "left" for rule in rules],
+        disable_numparse=True,
+    )
+    return f"{textwrap.fill(caption, shutil.get_terminal_size((100, 0)).columns)}\n\n{drawn}\n"
 
 
 def _value(text: str) -> str | int | float | None:
