@@ -87,6 +87,7 @@ def train(options: dict[str, Any]) -> None:
     if processes.number() == 0:
         found = {"seconds": statistics.median(times[2:]), "bytes": held() - before}
         Path(options["file"]).write_text(json.dumps(found))
+    processes.part()
 
 
 def measured(options: dict[str, Any], *, processes: int = 1, threads: int = 1) -> dict[str, float]:

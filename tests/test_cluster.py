@@ -98,6 +98,7 @@ Path(f"rank-{number}").write_text(f"{count} {os.environ['LOCAL_RANK']}")
 code = int(sys.argv[1])
 if code and number == count - 1: sys.exit(code)
 processes.collected(number)
+processes.part()
 """
 
 

@@ -337,6 +337,7 @@ def main(folder: Path) -> None:
     outcomes["cache"] = write_cache(Path("caches") / "together")
     if processes.number() == 0:
         torch.save(outcomes, folder / "outcomes.pt")
+    processes.part()
 
 
 def write_cache(folder: Path) -> dict[str, Any]:

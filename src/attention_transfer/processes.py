@@ -5,7 +5,6 @@ Without a process group there is one process, and nothing here does any work.
 
 from __future__ import annotations
 
-import atexit
 import os
 from typing import Any
 
@@ -26,11 +25,14 @@ def join(device: torch.device) -> None:
     """Meets the other processes, if the launcher has started any; gloo for the CPU, NCCL for GPUs."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not distributed.is_initialized():
         distributed.init_process_group(backend(device))
-        atexit.register(_part)
 
 
-def _part() -> None:
-    """Ends the group while Python is whole: gloo's threads, left to its teardown, abort some processes (SIGABRT)."""
+def part() -> None:
+    """Ends the group, when all have done their work: gloo's threads, left to Python's teardown, may abort a process.
+
+    A stage that succeeds leaves without that teardown. Not for a process that fails: the others would lose it, and the
+    launcher end it, before it could say why.
+    """
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
