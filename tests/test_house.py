@@ -160,6 +160,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "commands": (
         "assembly",
         "config",
+        "config_errors",
         "data",
         "errors",
         "evaluation.statistics",
