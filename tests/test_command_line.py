@@ -187,6 +187,18 @@ def test_a_study_is_shown_to_a_program(
     assert sum(values.values()) / len(values) == pytest.approx(measured, abs=1e-4)
 
 
+def test_a_report_without_its_table_is_an_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "reports" / "core").unlink()
+    shutil.copytree(ROOT / "reports" / "core" / "tables", folder / "reports" / "core" / "tables")
+    table = folder / "reports" / "core" / "tables" / "main.md"
+    assert run(monkeypatch, "show") == 0
+    capsys.readouterr()
+    table.write_text(table.read_text().partition("|")[0])
+    assert "main.md: holds no table" in str(run(monkeypatch, "show"))
+
+
 def test_a_cell_without_a_number_is_null(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """How a stage's process ends."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -54,3 +55,27 @@ def test_every_end_flushes_runs_its_handlers_and_waits_for_its_threads(
     assert ended.returncode == code, ended.stderr
     assert ended.stdout == "collecting thread handler"
     assert message in ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        ("pass", 0),
+        ("raise StudyError('was wrong', where='here', remedy='mend it')", 1),
+        ("raise KeyboardInterrupt", 130),
+        ("raise SystemExit(143)", 143),
+        ("raise SystemExit", 0),
+        ("raise MemoryError", 1),
+        ("raise ValueError", -signal.SIGABRT),
+    ],
+)
+def test_a_teardown_that_aborts_changes_no_exit_code(end: str, code: int, tmp_path: Path) -> None:
+    """As gloo's threads may; what nobody foresaw ends as Python ends."""
+    late = "import os\nclass Late:\n    def __del__(self, abort=os.abort): abort()\nlate = Late()\n"
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.replace("END", end).replace("\n\ndef main", f"\n\n{late}\n\ndef main"))
+    ended = subprocess.run(
+        [sys.executable, script, "--params", SMOKE], capture_output=True, cwd=tmp_path, check=False
+    )
+    assert ended.returncode == code, ended.stderr

@@ -30,8 +30,8 @@ def join(device: torch.device) -> None:
 def part() -> None:
     """Ends the group, when all have done their work: gloo's threads, left to Python's teardown, may abort a process.
 
-    A stage that succeeds leaves without that teardown. Not for a process that fails: the others would lose it, and the
-    launcher end it, before it could say why.
+    A stage ends without that teardown. Not for a process that fails: the others would lose it, and the launcher end it,
+    before it could say why.
     """
     if distributed.is_initialized():
         distributed.destroy_process_group()

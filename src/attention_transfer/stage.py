@@ -15,10 +15,9 @@ import gc
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -206,19 +205,30 @@ def _nested(params: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-_succeeded = threading.Event()
+_exit_code: list[int] = []  # once it is known
+
+
+@contextlib.contextmanager
+def _ends_without_teardown() -> Iterator[None]:
+    """The process ends with this block's success or SystemExit, and `_skip_teardown`; with other errors as usual."""
+    try:
+        yield
+    except SystemExit as ended:
+        _exit_code.append(ended.code if isinstance(ended.code, int) else int(ended.code is not None))
+        raise
+    _exit_code.append(0)
 
 
 @atexit.register
 def _skip_teardown() -> None:
-    """Ends a stage that has succeeded without taking its millions of objects apart.
+    """Ends a stage without taking its millions of objects apart, in which gloo's threads abort some processes.
 
     The first handler to be registered is the last to run: nothing that others do at exit is left out.
     """
-    if _succeeded.is_set():
+    if _exit_code:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(_exit_code[0])
 
 
 def _collect_garbage() -> None:
@@ -239,6 +249,7 @@ def shared_out(study: config.Study, instance: Mapping[str, Any]) -> str:
     return ""
 
 
+@_ends_without_teardown()
 def run_script(
     name: str,
     work: Callable[[Stage], None],
@@ -293,7 +304,6 @@ def run_script(
         if not launching.is_launched():
             raise
         _end(traceback.format_exc())
-    _succeeded.set()
 
 
 def _end(message: str) -> NoReturn:

@@ -41,7 +41,11 @@ def show(study: Study, params: str, *, as_json: bool) -> None:
             rows = [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
         print(json.dumps({"study": study.name, "report": str(page.resolve()), "runs": rows}))
         return
-    print(as_text(table.read_text(encoding="utf-8")))
+    text = table.read_text(encoding="utf-8")
+    if text.partition("\n\n")[2].count("\n|") < 2:
+        remedy = f"make it anew: python -m attention_transfer report --params {params}"
+        raise StudyError("holds no table", where=str(table), remedy=remedy)
+    print(as_text(text))
     print(f"Report:    {page.resolve()}\nMLflow UI: make ui")
 
 
