@@ -100,6 +100,22 @@ def test_help_loads_nothing_heavy() -> None:
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.parametrize("arguments", [("check", "--params", "presets/full.yaml"), ("show",)])
+def test_what_needs_no_model_loads_no_torch(arguments: tuple[str, ...], folder: Path) -> None:
+    """It takes seconds to load, and `check` is the first thing that `make study` does."""
+    program = (
+        "import sys\n"
+        "from attention_transfer.__main__ import main\n"
+        f"sys.argv = ['attention_transfer', *{arguments!r}]\n"
+        "main()\n"
+        "sys.exit('torch' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_help_is_there_at_once() -> None:
     """Against the start of the interpreter: in time of the processor, since other tests run beside this one."""
 

@@ -35,8 +35,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cluster": ("errors", "launching", "machine_file", "stop_signals"),
     "processes": (),
     "draws": (),
-    "lock_file": ("errors", "files"),
-    "graph_file": ("config", "errors", "lock_file"),
+    "yaml_files": (),
+    "lock_file": ("errors", "files", "yaml_files"),
+    "graph_file": ("config", "errors", "lock_file", "yaml_files"),
     "run_record": ("errors", "files"),
     # The rooms. Models and data do not know each other.
     "data": ("config", "errors", "files"),
@@ -63,14 +64,16 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **{  # The cache stores arrays and never sees a model.
         f"transfer.{name}": ("errors", "files", *(f"transfer.{other}" for other in parts))
         for name, parts in {
-            "quantisation": (),
-            "cache_layout": ("quantisation",),
+            "cache_layout": (),
+            "quantisation": ("cache_layout",),
+            "packing": ("cache_layout", "quantisation"),
             "shards": ("cache_layout",),
+            "cache_plan": ("cache_layout", "shards"),
             "cache_manifest": ("cache_layout", "shards"),
-            "cache_reader": ("cache_layout", "cache_manifest", "shards"),
-            "cache_writer": ("cache_layout", "cache_manifest", "quantisation", "shards"),
-            "cache": ("cache_layout", "cache_reader", "cache_writer", "shards"),
-            "cache_size": ("cache", "cache_layout", "cache_manifest", "shards"),
+            "cache_reader": ("cache_layout", "cache_manifest", "packing", "shards"),
+            "cache_writer": ("cache_layout", "cache_manifest", "packing", "quantisation", "shards"),
+            "cache": ("cache_layout", "cache_plan", "cache_reader", "cache_writer", "shards"),
+            "cache_size": ("cache_layout", "cache_manifest", "shards"),
         }.items()
     },
     # Training knows the protocols: no method, no data set, no tracker.
@@ -89,9 +92,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
             for name in ("statistics", "multiple_tests", "power", "robustness", "variance")
         ),
     ),
-    "tracking": ("errors", "files", "layout", "provenance", "run_record"),
+    "tracking": ("errors", "files", "layout", "provenance", "run_record", "yaml_files"),
     # What puts the rooms together, for the stages.
-    "plan": ("config", "errors", "layout", "transfer.cache"),
+    "plan": ("config", "errors", "layout", "transfer.cache_layout", "transfer.cache_plan"),
     "assembly": (
         "config",
         "data",
@@ -193,8 +196,7 @@ ONLY_IN = {
     "mlflow": ("tracking",),
     "altair": ("reporting",),
     "vl_convert": ("reporting.scripts",),
-    # All but two read DVC's files.
-    "yaml": ("graph_file", "lock_file", "machine_file", "params_yaml", "tracking.sync"),
+    "yaml": ("machine_file", "params_yaml", "yaml_files"),
     "pydantic": ("config", "config_errors", "config_runs", "config_teachers", "config_values"),
     "timm": ("assembly", "data.decoding", "data.sources", "exporting.timm_folder", "models", "training"),
     "onnx": ("exporting.onnx_file",),
@@ -351,12 +353,10 @@ def test_params_yaml_is_read_by_config_alone() -> None:
         if any(imported.partition(".")[0] in parsers for imported in imports(text))
     }
     assert reading == {
-        "graph_file",
-        "lock_file",
         "machine_file",  # where it runs
         "params_yaml",
-        "tracking.sync",
-    }  # all but two read DVC's files
+        "yaml_files",  # DVC's files
+    }
     assert "params.yaml" not in modules["tracking.sync"]
     reading = {name for name in modules if "params_yaml" in siblings(modules[name], modules)}
     assert reading == {"config", "commands.compare"}  # which shows files of other revisions, and runs none

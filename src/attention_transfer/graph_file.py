@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import yaml
-
-from attention_transfer import lock_file
+from attention_transfer import lock_file, yaml_files
 from attention_transfer.config import Study
 from attention_transfer.errors import StudyError
 
@@ -44,8 +42,8 @@ def stages(graph: Path) -> set[str]:
         StudyError: the file is no YAML.
     """
     try:
-        found: dict[str, object] = yaml.safe_load(graph.read_text(encoding="utf-8"))["stages"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+        found: dict[str, object] = yaml_files.load(graph)["stages"]
+    except (yaml_files.YAMLError, KeyError, TypeError) as error:
         raise StudyError("lists no stages", where=str(graph), remedy=_REMEDY) from error
     return set(found)
 
@@ -61,7 +59,7 @@ def check(study: Study) -> None:
         raise StudyError("has no graph", where=f"studies/{study.name}", remedy=_REMEDY)
     if not graph.exists():
         return
-    deps = yaml.safe_load(graph.read_text(encoding="utf-8"))["stages"]["resolve"]["do"]["deps"]
+    deps = yaml_files.load(graph)["stages"]["resolve"]["do"]["deps"]
     if any(dep.endswith("/teachers") for dep in deps):
         return  # all of them
     named = {dep.rpartition("/")[2] for dep in deps if "/teachers/" in dep}

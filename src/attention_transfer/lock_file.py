@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
+from attention_transfer import yaml_files
 from attention_transfer.errors import StudyError
 from attention_transfer.files import write_text
 
@@ -69,7 +69,7 @@ def mend(study: str) -> int:
     cut = _cut(lock, copy, found)
     if missing := cut | (kept.keys() - found.keys()):
         whole = {**kept, **{name: entry for name, entry in found.items() if name not in cut}}
-        write_text(lock, yaml.safe_dump({"schema": "2.0", "stages": whole}, sort_keys=False))
+        write_text(lock, yaml_files.dump({"schema": "2.0", "stages": whole}))
     return len(missing)
 
 
@@ -173,8 +173,8 @@ def _names(text: str) -> set[str]:
 def _stages(lock: Path) -> dict[str, Any] | None:
     """The entries of a lock file; None if it is none."""
     try:
-        content = yaml.safe_load(lock.read_text(encoding="utf-8"))
+        content = yaml_files.load(lock)
         stages: dict[str, Any] | None = content["stages"]
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError):
+    except (yaml_files.YAMLError, UnicodeDecodeError, KeyError, TypeError):
         return None
     return stages if isinstance(stages, dict) else None

@@ -12,7 +12,8 @@ import numpy as np
 from attention_transfer.config import Architecture, AttentionCache, Data, Study
 from attention_transfer.errors import StudyError
 from attention_transfer.layout import Layout
-from attention_transfer.transfer import cache
+from attention_transfer.transfer import cache_plan
+from attention_transfer.transfer.cache_layout import Layout as CacheLayout
 
 TRAIN_IMAGES, TEST_IMAGES = 60_000, 10_000  # before they have been read: Fashion-MNIST's
 _ROOM_ENOUGH = 2**63
@@ -73,10 +74,10 @@ def cached_sets(study: Study, teacher: str, *, test_images: int = TEST_IMAGES) -
     return {**sets, "test": test_images} if "test" in study.evaluation.sets else sets
 
 
-def cache_layout(architecture: Architecture, data: Data, attention: AttentionCache) -> cache.Layout:
+def cache_layout(architecture: Architecture, data: Data, attention: AttentionCache) -> CacheLayout:
     """Shape of one cached row: the attention of all layers for one view."""
     maps = attention.content == "maps"
-    return cache.Layout(
+    return CacheLayout(
         layers=architecture.depth,
         heads=architecture.heads,
         tokens=architecture.tokens(data.image_size),
@@ -86,7 +87,7 @@ def cache_layout(architecture: Architecture, data: Data, attention: AttentionCac
     )
 
 
-def teacher_layout(study: Study, teacher: str) -> cache.Layout:
+def teacher_layout(study: Study, teacher: str) -> CacheLayout:
     """`cache_layout` of one of the study's teachers."""
     return cache_layout(study.teachers[teacher].architecture, study.data, study.attention)
 
@@ -135,13 +136,13 @@ def check_room(study: Study, layout: Layout, params_file: Path, *, reserved: int
         where = Path(f"{params_file}: teachers.{name}")
         held = _size(layout.cache(name))
         bias_heads = _bias_heads(study, name)
-        cache.plan(
+        cache_plan.plan(
             views, row, budget_bytes=budget, free_bytes=free + held, where=where, bias_heads=bias_heads
         )
         clean = study.data.validation + TEST_IMAGES
         free -= max(
             0,
-            cache.plan(
+            cache_plan.plan(
                 views + clean,
                 row,
                 budget_bytes=None,
@@ -163,10 +164,10 @@ def check_room(study: Study, layout: Layout, params_file: Path, *, reserved: int
     return room - free + wanted
 
 
-def _views_plan(study: Study, teacher: str) -> cache.Plan:
+def _views_plan(study: Study, teacher: str) -> cache_plan.Plan:
     views = study.data.labelled * study.views.per_image
     layout = teacher_layout(study, teacher)
-    return cache.plan(
+    return cache_plan.plan(
         views,
         layout,
         budget_bytes=None,

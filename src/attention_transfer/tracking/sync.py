@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 from filelock import FileLock
 
-from attention_transfer import files, run_record
+from attention_transfer import files, run_record, yaml_files
 from attention_transfer.errors import StudyError, repro
 from attention_transfer.layout import Layout
 from attention_transfer.tracking import study_page, views
@@ -297,8 +296,8 @@ def _read_points(folder: Path) -> dict[tuple[str, int], float]:
 def _read_lock(lock: Path, root: Path) -> dict[Path, dict[str, str]]:
     """Tags of the stage that makes each output of a dvc.lock."""
     try:
-        stages = (yaml.safe_load(lock.read_text(encoding="utf-8")) or {}).get("stages", {})
-    except (OSError, yaml.YAMLError, AttributeError) as error:
+        stages = (yaml_files.load(lock) or {}).get("stages", {})
+    except (OSError, yaml_files.YAMLError, AttributeError) as error:
         raise StudyError(
             f"cannot be read: {error}", where=str(lock), remedy="restore it from git, or run dvc repro"
         ) from error

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from attention_transfer.errors import StudyError, repro
-from attention_transfer.transfer.cache_layout import Content, unpack
+from attention_transfer.transfer.cache_layout import Content
 from attention_transfer.transfer.cache_manifest import Entry, Integers, read_manifest, require_recipe
+from attention_transfer.transfer.packing import unpack
 from attention_transfer.transfer.shards import (
     MANIFEST,
     REMEDY,

@@ -9,9 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from attention_transfer.transfer.cache import SHARD_BYTES, Layout
+from attention_transfer.transfer.cache_layout import Layout
 from attention_transfer.transfer.cache_manifest import Entry, Manifest, write_manifest
-from attention_transfer.transfer.shards import MANIFEST, file_bytes, json_like, safetensors_bytes, shard_name
+from attention_transfer.transfer.shards import (
+    MANIFEST,
+    SHARD_BYTES,
+    file_bytes,
+    json_like,
+    safetensors_bytes,
+    shard_name,
+)
 
 _DIGEST = "0" * 16  # every checksum and fingerprint has this length
 

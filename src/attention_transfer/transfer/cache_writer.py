@@ -13,8 +13,9 @@ import torch
 
 from attention_transfer import files
 from attention_transfer.errors import StudyError
-from attention_transfer.transfer.cache_layout import Layout, pack
+from attention_transfer.transfer.cache_layout import Layout
 from attention_transfer.transfer.cache_manifest import Bias, Entry, Manifest, bias_digest, write_manifest
+from attention_transfer.transfer.packing import pack
 from attention_transfer.transfer.quantisation import STEPS, Stored, stored
 from attention_transfer.transfer.shards import (
     BIAS,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-DType = Literal["float16", "float32", "int8"]
+from attention_transfer.transfer.cache_layout import DType
+
 STEPS = 127  # from zero to the largest value of a vector, on either side
 
 

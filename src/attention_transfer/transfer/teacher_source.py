@@ -13,11 +13,11 @@ from attention_transfer.models import stochastic_depth
 from attention_transfer.models.attention import Attention, read
 from attention_transfer.models.tokens import TokenLayout
 from attention_transfer.transfer.cache import CacheReader
-from attention_transfer.transfer.cache_layout import Content
+from attention_transfer.transfer.cache_layout import Content, DType
 from attention_transfer.transfer.distill_features import features
 from attention_transfer.transfer.maps import Maps, averaged, normalised
 from attention_transfer.transfer.method import Given, Needs
-from attention_transfer.transfer.quantisation import DType, rounded
+from attention_transfer.transfer.quantisation import rounded
 from attention_transfer.transfer.token_layout import align, align_maps
 
 
