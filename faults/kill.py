@@ -78,6 +78,7 @@ class Study:
             params = yaml.safe_load((folder / PARAMS).read_text())
             params["runs"] = {name: params["runs"][name] for name in ("scratch", "distill")}
             params["evaluation"] |= {"sets": ["validation", "test"]}
+            params["teachers"]["mae"] |= {"images": "digits", "epochs": 10}
             params |= {"seeds": [0], "ensembles": {}, "report": None}
             (folder / PARAMS).write_text(yaml.safe_dump(params, sort_keys=False))
 

@@ -49,7 +49,10 @@ def shrink(preset: Path) -> None:
     values["data"] |= {"labelled": 50, "validation": 50}
     values["views"]["per_image"] = 2
     values["training"]["curve_images"] = 50
-    values["teachers"]["mae"]["batch_size"] = 2048
+    values["teachers"]["mae"] |= {
+        "images": "digits",
+        "batch_size": 256,
+    }  # in hundreds, not in tens of thousands
     for run in values["runs"].values():
         run |= {"epochs": 2, "warmup_epochs": 1, "batch_size": 25}
     values["evaluation"] |= {"shifts": ["contrast"], "severities": [1], "shift_images": 50, "bootstrap": 20}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,8 @@ sys.path.insert(0, str(ROOT / "faults"))
 import kill  # noqa: E402
 
 pytestmark = pytest.mark.slow
+
+KILLED = "pretrain,cache,train,predict"
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +36,20 @@ def start(warm_path: str) -> Callable[..., subprocess.Popen[str]]:
 
 
 @pytest.fixture(scope="module")
-def driven(tmp_path_factory: pytest.TempPathFactory, start: Callable[..., subprocess.Popen[str]]) -> Path:
+def driven(
+    tmp_path_factory: pytest.TempPathFactory, warm_path: str, start: Callable[..., subprocess.Popen[str]]
+) -> Path:
     """A kill in each of four stages, of a part of the smoke study; the moments are drawn from a fixed seed.
 
-    The killed stages start as a user's do; those of the undisturbed run, which the driver finds done, need not.
+    The killed stages start as a user's do; the others need not, nor does the undisturbed run, which is found done.
     """
     folder = tmp_path_factory.mktemp("faults")
     assert right_or_refused(start(kill.Study(folder / "undisturbed", small=True), kill.GRAPH)) == [True]
     command = [sys.executable, "faults/kill.py", folder, "--kills", "4", "--small", "--seed", "1"]
     ended = subprocess.run(
-        [*command, "--stages", "pretrain,cache,train,predict"],
+        [*command, "--stages", KILLED],
         cwd=ROOT,
+        env=os.environ | {"PATH": warm_path, "COLD_STAGES": KILLED},
         capture_output=True,
         text=True,
         check=False,
@@ -55,12 +61,7 @@ def driven(tmp_path_factory: pytest.TempPathFactory, start: Callable[..., subpro
 
 def test_four_kills_change_no_bit_and_leave_nothing_behind(driven: Path) -> None:
     found = json.loads((driven / "kills.json").read_text())
-    assert {kill["stage"].partition("@")[0] for kill in found["kills"]} == {
-        "pretrain",
-        "cache",
-        "train",
-        "predict",
-    }
+    assert {kill["stage"].partition("@")[0] for kill in found["kills"]} == set(KILLED.split(","))
     assert (found["differing"], found["left_behind"]) == ([], [])
     assert found["bit_identical"]
     assert found["files"] > 20

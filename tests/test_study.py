@@ -1,4 +1,6 @@
-"""The whole study through DVC itself, on the smoke preset, in a copy of the working tree.
+"""The whole study through DVC itself, on the smoke preset, in a copy of the working tree. Its stages start at once.
+
+Those that an ordinary `python` starts are run by tests/test_faults.py, and by the test below that kills a training.
 
 The tests run in the order of this file, each on what the one before it has left.
 """
@@ -219,11 +221,10 @@ def commit(study: Study) -> None:
 
 
 @pytest.fixture
-def study(working_copy: Study, warm_path: str) -> Study:
-    """The study after its first run: without it the other tests have nothing to look at. Its stages start at once."""
+def study(working_copy: Study) -> Study:
+    """The study after its first run: without it the other tests have nothing to look at."""
     if not working_copy.ready:
         pytest.fail("the first dvc repro has not succeeded")
-    working_copy.environment["PATH"] = warm_path
     return working_copy
 
 
@@ -287,10 +288,9 @@ def search(working_copy: Study) -> Iterator[Callable[[str], list[dict[str, Any]]
             process.wait()
 
 
-def test_first_run_makes_the_report(working_copy: Study) -> None:
-    started = time.monotonic()
+def test_first_run_makes_the_report(working_copy: Study, warm_path: str) -> None:
+    working_copy.environment["PATH"] = warm_path
     ran = working_copy.stages_run(GRAPH)
-    print(f"first dvc repro of the smoke study: {time.monotonic() - started:.0f} s")
     working_copy.ready = True
     grid = [f"{run}-{seed}" for run in METHODS for seed in (0, 1)]
     assert ran == {
@@ -345,20 +345,19 @@ def test_studies_do_not_disturb_each_other(study: Study) -> None:
 
 
 def test_edits_rerun_what_they_affect(study: Study) -> None:
-    """Another learning rate, another seed in the place of one, more runs, a fine-tuned teacher: all in one edit."""
+    """Another learning rate, another seed in the place of one, new runs, a fine-tuned teacher: all in one edit."""
     old = {run: digests(study.folder / f"runs/smoke/students/{run}/0") for run in METHODS}
     with study.edited() as values:
         runs = values["runs"]
         runs["copy"]["learning_rate"] = 0.002
         values["seeds"] = [0, 2]
-        runs["copy_first"] = {**runs["copy"], "layers": [0]}
         values["finetuned_teachers"] = {"tutor": {"seed": 7, "run": {**runs["finetune"]}}}
         recipe = {key: value for key, value in runs["scratch"].items() if key != "method"}
         loss = {"weight": 1.0, "teacher": "tutor"}
-        runs["logits"] = {**recipe, "method": "distill_logits", "logit_loss": loss}
+        runs["by_logits"] = {**recipe, "method": "distill_logits", "logit_loss": loss}
         loss = {"weight": 1.0}
-        runs["features"] = {**recipe, "method": "distill_features", "layers": "all", "feature_loss": loss}
-    added = ("copy_first", "logits", "features")
+        runs["by_features"] = {**recipe, "method": "distill_features", "layers": "all", "feature_loss": loss}
+    added = ("by_logits", "by_features")
     new = [f"{run}-2" for run in METHODS] + [f"{run}-{seed}" for run in added for seed in (0, 2)] + ["copy-0"]
     assert study.stages_run(GRAPH) == {
         "finetuned",
@@ -370,7 +369,7 @@ def test_edits_rerun_what_they_affect(study: Study) -> None:
     assert [run for run in METHODS if now[run] != old[run]] == ["copy"]
     assert now["copy"]["model.safetensors"] != old["copy"]["model.safetensors"]
     assert set(added) <= set(pd.read_csv(study.folder / "reports/smoke/tables/main.csv")["run"])
-    for run, column in (("logits", "logit_loss"), ("features", "feature_loss")):
+    for run, column in zip(added, ("logit_loss", "feature_loss"), strict=True):
         curve = pd.read_csv(study.folder / f"metrics/smoke/train/{run}/0/curve.csv")
         assert (curve[column] > 0).all()
         assert curve["attention_loss"].isna().all()
@@ -379,7 +378,7 @@ def test_edits_rerun_what_they_affect(study: Study) -> None:
 
 def test_removed_runs_and_seeds_leave_no_number_behind(study: Study) -> None:
     with study.edited() as values:
-        for run in ("copy_first", "logits", "features"):
+        for run in ("by_logits", "by_features"):
             del values["runs"][run]
         values["finetuned_teachers"], values["seeds"] = {}, [0, 1]
     # What seed 1 had left counts again, but for the run with another learning rate.
@@ -388,15 +387,15 @@ def test_removed_runs_and_seeds_leave_no_number_behind(study: Study) -> None:
     assert study.stages_run(GRAPH) == {"finetuned", *resolved, *again, *COLLECTORS}
     assert not (study.folder / "runs/smoke/finetuned/tutor").exists()
     # Its outputs are still there (prune deletes them): nothing may pick them up.
-    assert (study.folder / "runs/smoke/predictions/copy_first/0/test.safetensors").exists()
-    assert (study.folder / "metrics/smoke/train/copy_first/0/metrics.json").exists()
+    assert (study.folder / "runs/smoke/predictions/by_logits/0/test.safetensors").exists()
+    assert (study.folder / "metrics/smoke/train/by_logits/0/metrics.json").exists()
     files = [
         *(study.folder / "reports/smoke/tables").iterdir(),
         *(study.folder / "metrics/smoke/evaluate").glob("*.csv"),
         *(study.folder / "reports/smoke").glob("report.*"),
     ]
     assert len(files) > 10
-    assert [file.name for file in files if "copy_first" in file.read_text(encoding="utf-8")] == []
+    assert [file.name for file in files if "by_logits" in file.read_text(encoding="utf-8")] == []
     for name in ("scores", "ood"):
         rows = csv.DictReader((study.folder / f"metrics/smoke/evaluate/{name}.csv").read_text().splitlines())
         assert {row["seed"] for row in rows} == {"0", "1"}
@@ -592,19 +591,20 @@ def saved_steps(study: Study, label: str) -> int | None:
 
 
 @pytest.fixture
-def ordinary_study(study: Study) -> Study:
-    """With the ordinary `python`, for how stages die with DVC."""
-    return Study(study.folder)
+def ordinary_training(study: Study, monkeypatch: pytest.MonkeyPatch) -> Study:
+    """Trainings start by the ordinary `python`, for how stages die with DVC."""
+    monkeypatch.setitem(study.environment, "COLD_STAGES", "train")
+    return study
 
 
-def test_killed_training_goes_on_and_ends_the_same(ordinary_study: Study, tmp_path: Path) -> None:
-    study, stage, label = ordinary_study, "train@distill-0", "train-distill-0"
+def test_killed_training_goes_on_and_ends_the_same(ordinary_training: Study, tmp_path: Path) -> None:
+    study, stage, label = ordinary_training, "train@distill-0", "train-distill-0"
     preset, short = (
         (study.folder / PRESET).read_bytes(),
         digests(study.folder / "runs/smoke/students/distill/0"),
     )
     with study.edited() as values:
-        epochs = values["runs"]["distill"]["epochs"] = 800  # tens of seconds, on a fast machine too
+        epochs = values["runs"]["distill"]["epochs"] = 400  # tens of seconds, on a fast machine too
         steps = epochs * (values["data"]["labelled"] // values["runs"]["distill"]["batch_size"])
 
     # Killed outright: dvc, its shell and the stage at once.

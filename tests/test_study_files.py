@@ -67,7 +67,7 @@ def write_params(path: Path) -> None:
     values["training"]["curve_images"] = 9
     values["teachers"]["mae"]["batch_size"] = 21
     values |= {"seeds": [0], "runs": {"distill": values["runs"]["distill"]}, "ensembles": {}, "report": None}
-    values["runs"]["distill"] |= {"epochs": 40, "batch_size": 14, "learning_rate": 0.003}
+    values["runs"]["distill"] |= {"epochs": 20, "batch_size": 14, "learning_rate": 0.003}
     values["evaluation"] |= {"sets": ["validation", "test", "shifts", "published"], "shift_images": 12}
     values["evaluation"]["published"] = {
         "few": {"layout": "class_names", "folder": "published/few"},

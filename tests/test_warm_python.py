@@ -99,6 +99,15 @@ def test_other_threads_get_the_ordinary_python(threads: str | None, warm: Path, 
     assert not said(warm, place, "pipeline/stage.py", OMP_NUM_THREADS=threads)[0]["warm"]
 
 
+@pytest.mark.parametrize(
+    ("named", "cold"), [("stage", True), ("train,stage", True), ("train", False), ("", False)]
+)
+def test_a_stage_that_is_named_gets_the_ordinary_python(
+    named: str, cold: bool, warm: Path, place: Path
+) -> None:
+    assert said(warm, place, "pipeline/stage.py", COLD_STAGES=named)[0]["warm"] is not cold
+
+
 def test_what_is_no_stage_gets_the_ordinary_python(warm: Path, place: Path) -> None:
     script = "'import json, sys; print(json.dumps({0: sys.executable, 1: \"torch\" in sys.modules}))'"
     assert said(warm, place, "-c", script)[0] == {

@@ -1,12 +1,13 @@
 """A `python` for tests that starts a stage at once: as a fork of a process that has the libraries loaded.
 
 A stage imports torch, timm and others for 4 s before its work, and the tests start hundreds. `folder` is put in front
-of PATH; the `python` in it hands a script of pipeline/ over to a server, with its arguments, environment, folder and
-open files, and becomes everything else by exec. What the server has loaded is none of the project's code, which each
-fork imports from where PYTHONPATH says. Signals reach the stage, and it dies with its `python`, be that killed.
+of PATH; the `python` in it hands a script of pipeline/ or benchmarks/ over to a server, with its arguments,
+environment, folder and open files, and becomes everything else by exec. What the server has loaded is none of the
+project's code, which each fork imports from where PYTHONPATH says. Signals reach the stage, and it dies with its
+`python`, be that killed.
 
-Stages of the first run of a study, and those that are to die with DVC, are started by the ordinary `python`; so is
-everything where OMP_NUM_THREADS, which counts when torch is loaded, is another.
+Stages that are to die with DVC are started by the ordinary `python`: those that the environment variable COLD_STAGES
+names, with commas between. So is everything where OMP_NUM_THREADS, which counts when torch is loaded, is another.
 
 python tests/warm_python.py SOCKET    is the server
 """
@@ -57,7 +58,10 @@ HEARD: dict[int, Any] = {
 CLIENT = """#!{python} -IS
 import os, sys
 script = sys.argv[1] if len(sys.argv) > 1 else ""
-if script.split("/")[-2:-1] != ["pipeline"] or any(os.environ.get(name) != value for name, value in {settings}.items()):
+place, _, name = script.rpartition("/")
+cold = place.split("/")[-1] not in ("pipeline", "benchmarks")
+named = name.removesuffix(".py") in os.environ.get("COLD_STAGES", "").split(",")
+if cold or named or any(os.environ.get(name) != value for name, value in {settings}.items()):
     os.execv("{python}", ["{python}", *sys.argv[1:]])
 import json, signal, socket
 server = socket.socket(socket.AF_UNIX)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
+import functools
 from importlib.resources import files
 
 import vl_convert
 from markupsafe import Markup
 
 
+@functools.cache
 def vega() -> Markup:
-    """Vega, Vega-Lite and Vega-Embed, of which the last is a global."""
+    """Vega, Vega-Lite and Vega-Embed, of which the last is a global; bundling them takes seconds."""
     return _inline(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;"))
 
 
