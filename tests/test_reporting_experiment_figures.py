@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 
 from attention_transfer import config
 from attention_transfer.reporting import experiment_figures
-from attention_transfer.reporting.contrasts import COMPONENTS
+from attention_transfer.reporting.experiment_claims import COMPONENTS
 from attention_transfer.reporting.experiments import Experiment
 from attention_transfer.reporting.figures import Drawing
 from attention_transfer.reporting.records import Records, load

@@ -19,7 +19,8 @@ from attention_transfer.commands import show_experiment
 from attention_transfer.config import Study
 from attention_transfer.errors import StudyError
 from attention_transfer.reporting import claims, contrasts, experiments, page
-from attention_transfer.reporting.contrasts import CONTRASTS, Contrast, difference, judge, mean_of, slope
+from attention_transfer.reporting.contrasts import Contrast, difference, judge, mean_of, slope
+from attention_transfer.reporting.experiment_claims import CONTRASTS
 from attention_transfer.reporting.records import load
 
 FULL = Path(__file__).parents[1] / "presets" / "full.yaml"

@@ -7,7 +7,8 @@ import math
 from attention_transfer.evaluation.statistics import Interval
 from attention_transfer.reporting import claims, follow_ups, wording
 from attention_transfer.reporting.claims import Claim
-from attention_transfer.reporting.contrasts import CONTRASTS, Verdict
+from attention_transfer.reporting.contrasts import Verdict
+from attention_transfer.reporting.experiment_claims import CONTRASTS
 from attention_transfer.reporting.further_claims import FURTHER
 
 KNOWN = {*claims.RULES, *(each.id for each in (*CONTRASTS, *FURTHER))}

@@ -13,7 +13,7 @@ from synthetic_records import Numbers
 from attention_transfer import config
 from attention_transfer.evaluation.variance import variance_components
 from attention_transfer.reporting import replication
-from attention_transfer.reporting.contrasts import DRAWS, TEACHERS, replicated
+from attention_transfer.reporting.experiment_claims import DRAWS, TEACHERS, replicated
 from attention_transfer.reporting.experiments import Experiment
 from attention_transfer.reporting.records import Records, load
 

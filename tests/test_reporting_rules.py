@@ -2,7 +2,7 @@
 
 import json
 
-from attention_transfer.reporting import claims, contrasts, further_claims, rules
+from attention_transfer.reporting import claims, experiment_claims, further_claims, rules
 
 
 def test_the_rules_written_down_are_those_of_the_code() -> None:
@@ -11,7 +11,7 @@ def test_the_rules_written_down_are_those_of_the_code() -> None:
 
 
 def test_every_claim_has_one_line() -> None:
-    every = [*claims.CLAIMS, *(claim.id for claim in (*contrasts.CONTRASTS, *further_claims.FURTHER))]
+    every = [*claims.CLAIMS, *(claim.id for claim in (*experiment_claims.CONTRASTS, *further_claims.FURTHER))]
     assert rules.names() == every
     assert len(set(every)) == len(every)
     for line in rules.FILE.read_text(encoding="utf-8").splitlines():

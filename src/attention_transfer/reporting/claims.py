@@ -25,6 +25,7 @@ from attention_transfer.evaluation.statistics import (
 )
 from attention_transfer.reporting import contrasts, robustness, tables, wording
 from attention_transfer.reporting.contrasts import Judged, Verdict
+from attention_transfer.reporting.experiment_claims import CONTRASTS
 from attention_transfer.reporting.experiments import Experiment, accuracies
 from attention_transfer.reporting.records import UNSHIFTED, Records
 from attention_transfer.reporting.tables import per_cent, plain, run_gap
@@ -258,7 +259,7 @@ def of_experiments(
     """Verdicts on the claims of the experiments that the study names, and why some cannot be judged."""
     names = {experiment.name for experiment in experiments}
     judged, untested = contrasts.judge(
-        [contrast for contrast in contrasts.CONTRASTS if contrast.section in names],
+        [contrast for contrast in CONTRASTS if contrast.section in names],
         accuracies(records, experiments),
         margin=report.equivalence_margin,
         confidence=records.study.evaluation.confidence,
@@ -324,7 +325,7 @@ def not_run(names: Sequence[str]) -> dict[str, str]:
     return {
         contrast.id: f"the experiment {name} has not been run"
         for name in names
-        for contrast in contrasts.CONTRASTS
+        for contrast in CONTRASTS
         if contrast.section == name
     }
 

@@ -11,7 +11,8 @@ import pandas as pd
 from attention_transfer.config import Report, Run, Study
 from attention_transfer.evaluation.power import seeds_needed, smallest_detectable_difference
 from attention_transfer.reporting import claims
-from attention_transfer.reporting.contrasts import CONTRASTS, Contrast, difference
+from attention_transfer.reporting.contrasts import Contrast, difference
+from attention_transfer.reporting.experiment_claims import CONTRASTS
 from attention_transfer.reporting.records import Records
 from attention_transfer.reporting.tables import Table
 

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from attention_transfer.config import Report
 from attention_transfer.evaluation.statistics import Interval, mean_interval
-from attention_transfer.reporting.contrasts import COMPONENTS
+from attention_transfer.reporting.experiment_claims import COMPONENTS
 from attention_transfer.reporting.experiments import Experiment, listed, references
 from attention_transfer.reporting.figures import (
     METHOD_COLOURS,

@@ -12,7 +12,8 @@ import pandas as pd
 from attention_transfer.config import Report, Study
 from attention_transfer.evaluation.statistics import Interval, mean_interval
 from attention_transfer.reporting import tables
-from attention_transfer.reporting.contrasts import CONTRASTS, Accuracies
+from attention_transfer.reporting.contrasts import Accuracies
+from attention_transfer.reporting.experiment_claims import CONTRASTS
 from attention_transfer.reporting.records import Records, damaged, read_run, read_table
 from attention_transfer.reporting.tables import Table
 

@@ -39,7 +39,7 @@ from attention_transfer.reporting import (
 from attention_transfer.reporting import experiments as experiment_records
 from attention_transfer.reporting.charts import Chart
 from attention_transfer.reporting.claims import Claim
-from attention_transfer.reporting.contrasts import CONTRASTS
+from attention_transfer.reporting.experiment_claims import CONTRASTS
 from attention_transfer.reporting.figures import Drawing
 from attention_transfer.reporting.records import Records, load
 from attention_transfer.reporting.tables import Table

@@ -10,7 +10,7 @@ import pandas as pd
 
 from attention_transfer.config import Report
 from attention_transfer.evaluation.variance import variance_components
-from attention_transfer.reporting.contrasts import DRAWS, TEACHERS, replicated
+from attention_transfer.reporting.experiment_claims import DRAWS, TEACHERS, replicated
 from attention_transfer.reporting.experiments import Experiment, accuracies
 from attention_transfer.reporting.records import Records
 from attention_transfer.reporting.tables import Table

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from attention_transfer.files import write_text
-from attention_transfer.reporting import claims, contrasts, further_claims
+from attention_transfer.reporting import claims, experiment_claims, further_claims
 
 FILE = Path(__file__).with_name("rules.jsonl")
 
@@ -19,7 +19,7 @@ FILE = Path(__file__).with_name("rules.jsonl")
 def text() -> str:
     """The file's content."""
     every = [(claim, claims.CLAIMS[claim], rule) for claim, rule in claims.RULES.items()]
-    asked: list[claims.Asked] = [*contrasts.CONTRASTS, *further_claims.FURTHER]
+    asked: list[claims.Asked] = [*experiment_claims.CONTRASTS, *further_claims.FURTHER]
     every += [(claim.id, claim.claim, claim.rule_text) for claim in asked]
     lines = [{"id": name, "claim": says, "rule": rule} for name, says, rule in every]
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from attention_transfer.reporting.contrasts import DEPTH, Contrast
+from attention_transfer.reporting.contrasts import Contrast
+from attention_transfer.reporting.experiment_claims import DEPTH
 
 WORDS = {"copy": "copied", "distill": "distilled"}
 """What is done with the maps, by method."""
