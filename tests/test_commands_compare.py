@@ -89,9 +89,34 @@ def test_a_study_and_its_experiment(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert re.search(r"data\.seed +\| 0 +\| 7 ", text)
     assert "data.labelled" not in text
-    assert re.search(r"runs\.copy\.epochs +\| 1 +\| absent", text)
+    assert re.search(r"runs\.copy +\| present +\| absent", text)
     assert re.search(r"\| copy +\| test +\| 71\.00 \[.*\| 73\.95 \[.*\| 2\.30 \[.*\| 3 ", text)
     assert re.search(r"\| gone +\| test +\| 50\.00 \(no interval from one\) +\| – +\| – +\| 0 ", text)
+
+
+@pytest.mark.usefixtures("repository")
+def test_what_one_side_lacks_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """A whole run or teacher; of those that both have, each value that differs. Long values are cut."""
+    seeds = [*range(40)]
+    runs = "{copy: {method: copy, epochs: 2, layers: [0]}, other: {method: distill, epochs: 2}}"
+    write("first", f"name: first\nseeds: {seeds}\nruns: {runs}\nensembles: {{}}\n", OLD)
+    write("second", "name: second\nseeds: [0]\nruns: {copy: {method: copy, epochs: 3}}\n"
+          "ensembles: {pair: {members: [copy, copy]}}\nteachers: {mae: {kind: mae, seed: 0}}\n", OLD)  # fmt: skip
+    compare.show("first", "second", as_json=False)
+    lines = capsys.readouterr().out.partition("\n\n")[0].splitlines()[2:]
+    rows = {
+        key: tuple(pair)
+        for key, *pair in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    }
+    assert rows.pop("seeds") == (str(seeds)[: compare.LONGEST - 2] + " …", "[0]")
+    assert rows == {
+        "name": ("first", "second"),
+        "runs.copy.epochs": ("2", "3"),
+        "runs.copy.layers": ("[0]", "absent"),
+        "runs.other": ("distill", "absent"),
+        "ensembles.pair": ("absent", "present"),
+        "teachers.mae": ("absent", "mae"),
+    }
 
 
 @pytest.mark.usefixtures("repository")

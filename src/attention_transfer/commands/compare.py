@@ -6,7 +6,7 @@ import io
 import json
 import math
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,13 @@ DEFAULT = Path("params.yaml")
 SETS = ("test", "shifts", "validation")
 CONFIDENCE = 0.95
 ABSENT = "absent"
+LONGEST = 60  # characters of a value in the table
+_ENTRIES = (
+    "runs",
+    "teachers",
+    "finetuned_teachers",
+    "ensembles",
+)  # sections of params.yaml with names of the user's
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,8 @@ def side(text: str) -> Side:
 def show(first: str, second: str, *, as_json: bool) -> None:
     """Prints what differs."""
     sides = side(first), side(second)
-    params = _params(*(each.params() for each in sides))
+    values = [each.params() for each in sides]
+    params = _params(*values)
     results = _results(*(each.accuracies() for each in sides))
     if as_json:
         print(
@@ -129,7 +137,7 @@ def show(first: str, second: str, *, as_json: bool) -> None:
         return
     names = [str(each) for each in sides]
     if params:
-        rows = [[key, *map(_short, pair)] for key, pair in params.items()]
+        rows = [[key, *map(_short, pair)] for key, pair in _folded(params, values).items()]
         print(tabulate(rows, ["param", *names], tablefmt="github", disable_numparse=True))
     else:
         print("The params are the same.")
@@ -160,6 +168,33 @@ def _params(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, li
         for key in dict.fromkeys([*first, *second])
         if first.get(key, ABSENT) != second.get(key, ABSENT)
     }
+
+
+def _folded(params: Mapping[str, list[Any]], sides: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """`_params` with one line for a run, a teacher or an ensemble that a side does not have: what kind it is of."""
+    had = [{_entry(key) for key in side} for side in sides]
+    found: dict[str, list[Any]] = {}
+    for key, pair in params.items():
+        entry = _entry(key)
+        if entry and not all(entry in entries for entries in had):
+            found[entry] = [
+                _kind(entry, side) if entry in of_side else ABSENT
+                for side, of_side in zip(sides, had, strict=True)
+            ]
+        else:
+            found[key] = pair
+    return found
+
+
+def _entry(key: str) -> str:
+    """What a dotted key belongs to, such as `runs.copy`; empty for one that belongs to the whole study."""
+    section, _, rest = key.partition(".")
+    return f"{section}.{rest.partition('.')[0]}" if section in _ENTRIES and rest else ""
+
+
+def _kind(entry: str, values: Mapping[str, Any]) -> str:
+    names = (f"{entry}.{key}" for key in ("method", "kind", "run.method"))
+    return next((str(values[name]) for name in names if name in values), "present")
 
 
 def _results(
@@ -193,15 +228,17 @@ def _numbers(interval: Interval | None) -> list[float | None] | None:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted key; a section without any is none."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        found |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+        found |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return found
 
 
 def _short(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 2]} …"
 
 
 def _git(*arguments: str) -> str | None:
