@@ -73,7 +73,8 @@ class Study:
                 shutil.copy(ROOT / name, folder / name)
         if small:
             # Each DVC would read the graphs, and each `sync` bring in the records: for seconds, and for a minute.
-            for large in ("studies/full", *(f"metrics/{name}" for name in ("core", "full", "tune"))):
+            graphs = (f"studies/{name}" for name in ("full", "imagenet1k", "tune"))
+            for large in (*graphs, *(f"metrics/{name}" for name in ("core", "full", "tune"))):
                 shutil.rmtree(folder / large, ignore_errors=True)
             params = yaml.safe_load((folder / PARAMS).read_text())
             params["runs"] = {name: params["runs"][name] for name in ("scratch", "distill")}

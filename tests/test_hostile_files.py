@@ -45,7 +45,7 @@ def refusal(call: ast.Call) -> str | None:
             return text
         case "torch.load" if options.get("weights_only") != "True":
             return text
-        case "yaml.load" if not text.endswith(", Loader)"):
+        case "yaml.load" if not text.endswith((", Loader)", ", Loader=yaml.CSafeLoader)")):
             return text
         case "eval" | "exec" | "os.system" | "torch.hub.load":
             return text
@@ -82,6 +82,7 @@ def test_such_a_call_would_be_found(code: str) -> None:
 def test_yaml_makes_no_objects(value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert issubclass(params_yaml.Loader, yaml.SafeLoader)
+    assert issubclass(yaml.CSafeLoader, yaml.constructor.SafeConstructor)
     Path("params.yaml").write_text(f"name: {value}\n")
     with pytest.raises(StudyError, match="could not determine a constructor"):
         config.load("params.yaml")

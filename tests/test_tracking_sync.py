@@ -114,8 +114,10 @@ def test_a_fresh_view_gets_every_record_once(
     first = tracking.sync(tmp_path / "metrics", root)
     assert first.imported == ("evaluate", "train-copy-0", "train-copy-1")
     assert (first.present, first.killed, first.tagged) == (0, (), ())
+    assert str(first) == "3 runs brought into MLflow; 0 were there"
     second = tracking.sync(tmp_path / "metrics", root)
     assert second == tracking.SyncReport(imported=(), present=3, killed=(), tagged=())
+    assert str(second) == "0 runs brought into MLflow; 3 were there"
     runs = {run.info.run_name: run for run in shown(root, study)}
     assert len(runs) == 3
     run, store = runs["train-copy-1"], database.connect(root)

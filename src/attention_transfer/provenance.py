@@ -38,6 +38,7 @@ NEUTRAL = frozenset(
         "run_record.py",
         "stage.py",
         "stop_signals.py",
+        "yaml_files.py",
     )
 )
 

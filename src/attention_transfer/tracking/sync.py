@@ -12,6 +12,7 @@ from typing import Any
 
 import psutil
 from filelock import FileLock
+from tqdm import tqdm
 
 from attention_transfer import files, run_record, yaml_files
 from attention_transfer.errors import StudyError, repro
@@ -55,6 +56,14 @@ class SyncReport:
     present: int
     killed: tuple[str, ...]
     tagged: tuple[str, ...]
+
+    def __str__(self) -> str:
+        parts = [f"{len(self.imported)} runs brought into MLflow", f"{self.present} were there"]
+        if self.killed:
+            parts.append(f"marked as killed: {', '.join(self.killed)}")
+        if self.tagged:
+            parts.append(f"{len(self.tagged)} got tags or results that they lacked")
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,7 @@ def _sync(store: Store, records: list[_Record], root: Path) -> SyncReport:
             shown[tuple(run.data.tags.get(tag) for tag in RECORDED)] = run
     imported, tagged = [], []
     parents = {name: study_run(store, name) for name in sorted({record.study for record in records})}
-    for record in records:
+    for record in tqdm(records, desc="MLflow", unit="run", delay=2, mininterval=1):
         if (found := shown.get(record.key)) is None:
             _import(store, record, parents[record.study])
             imported.append(record.name)
