@@ -217,7 +217,7 @@ def test_an_experiment_is_shown_by_itself(
     text = show_experiment.text(experiment)
     values = pd.read_csv(metrics / "evaluate" / name / "scores.csv").query("set == 'test'")
     for run, mean in (100 * values.groupby("run")["accuracy"].mean()).items():
-        assert re.search(rf"\| {run} +\| 2 +\| {mean:.2f} \[", text), text
+        assert re.search(rf"^{run} +2 +{mean:.2f} \[", text, flags=re.MULTILINE), text
     with pytest.raises(StudyError, match=r"(?s)heads: has not been run.*studies/synthetic/heads/dvc\.yaml"):
         show_experiment.text(experiment.model_copy(update={"name": "synthetic/heads"}))
 

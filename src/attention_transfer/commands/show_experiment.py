@@ -25,7 +25,9 @@ def text(study: Study) -> str:
         for run, values in accuracies(study).items()
     ]
     heading = f"test accuracy, % [{100 * confidence:g} %]"
-    table = tabulate(rows, ["run", "seeds", heading], tablefmt="github", disable_numparse=True)
+    table = tabulate(
+        rows, ["run", "seeds", heading], colalign=["left", "right", "right"], disable_numparse=True
+    )
     graph = f"studies/{base}/dvc.yaml"
     return f"{table}\n\nIn the report of {base}: dvc repro --single-item {graph}:report"
 
