@@ -226,27 +226,33 @@ def test_a_shard_that_changes_after_indexing_is_named(change: str, shards: Path)
 
 
 TREE = {"Aves": ["0", "2"], "Plantae": ["1"]}  # ids run through all the groups
+SPECIES = {"0": "Turdus merula", "1": "Acer rubrum", "2": "Corvus corax"}
+IMAGES = {"2017": "train_val_images", "2018": "train_val2018", "2019": "train_val2019"}
 
 
-def inaturalist(root: Path) -> Path:
-    """The layout of 2018 and 2019: one tree for both splits, told apart by annotation files."""
+def inaturalist(root: Path, year: str = "2018") -> Path:
+    """One tree for both splits, told apart by annotation files; in 2017's the folders have the species' names.
+
+    As the competition's README of each year tells, which says nothing of the order of 2017's ids.
+    """
     number = 0
     splits: dict[str, dict[str, list[dict[str, Any]]]] = {}
     categories = [
-        {"id": int(folder), "name": f"species {folder}", "supercategory": group}
-        for group, folders in TREE.items()
-        for folder in folders
+        {"id": int(key), "name": SPECIES[key], "supercategory": group}
+        for group, keys in TREE.items()
+        for key in keys
     ]
-    for split, count in (("train2018", 3), ("val2018", 2)):
+    for split, count in ((f"train{year}", 3), (f"val{year}", 2)):
         images, annotations = [], []
-        for group, names in TREE.items():
-            for folder in names:
+        for group, keys in TREE.items():
+            for key in keys:
+                folder = SPECIES[key] if year == "2017" else key
                 for _ in range(count):
                     number += 1
-                    name = f"train_val2018/{group}/{folder}/{number:032x}.jpg"
+                    name = f"{IMAGES[year]}/{group}/{folder}/{number:032x}.jpg"
                     jpeg(root / name, number)
                     images.append({"id": number, "file_name": name, "width": 40, "height": 30})
-                    annotations.append({"id": number, "image_id": number, "category_id": int(folder)})
+                    annotations.append({"id": number, "image_id": number, "category_id": int(key)})
         splits[split] = {"images": images, "annotations": annotations, "categories": categories}
         (root / f"{split}.json").write_text(json.dumps({"info": {}, "licenses": [], **splits[split]}))
     return root
@@ -255,21 +261,25 @@ def inaturalist(root: Path) -> Path:
 SPLITS = {"train_split": "train2018", "test_split": "val2018"}
 
 
-def test_inaturalist_by_its_annotation_files_is_torchvisions(tmp_path: Path) -> None:
-    root = inaturalist(tmp_path / "inat")
-    classes, found = read(root, **SPLITS)
-    assert classes == ["0 species 0", "1 species 1", "2 species 2"]
+@pytest.mark.parametrize("year", IMAGES)
+def test_inaturalist_by_its_annotation_files_is_torchvisions(year: str, tmp_path: Path) -> None:
+    root = inaturalist(tmp_path / "inat", year)
+    classes, found = read(root, train_split=f"train{year}", test_split=f"val{year}")
+    assert classes == ["0 Turdus merula", "1 Acer rubrum", "2 Corvus corax"]
     assert [len(found[split]) for split in ("train", "test")] == [9, 6]
     (tmp_path / "torchvision").mkdir()
-    (tmp_path / "torchvision" / "2018").symlink_to(root / "train_val2018")
-    theirs = INaturalist(str(tmp_path / "torchvision"), version="2018")
-    expected = {name: label for label, name in theirs.index}
+    (tmp_path / "torchvision" / year).symlink_to(root / IMAGES[year])
+    theirs = INaturalist(str(tmp_path / "torchvision"), version=year)
+    # torchvision numbers 2017's classes in the order of their folders: they are compared by name.
+    named = [Path(folder).name for folder in theirs.all_categories]
+    label = {name: int(name) if year != "2017" else [*SPECIES.values()].index(name) for name in named}
+    expected = {file: label[named[number]] for number, file in theirs.index}
     ours = {}
     for split in found.values():
         assert isinstance(split.images, FilePixels)
         entries = split.images.entries(np.arange(len(split)))
-        for entry, label in zip(entries, split.labels.tolist(), strict=True):
-            ours[Path(entry.path).name] = label
+        for entry, number in zip(entries, split.labels.tolist(), strict=True):
+            ours[Path(entry.path).name] = number
     assert ours == expected
 
 
