@@ -6,13 +6,16 @@ Generated JPEGs of ImageNet's usual size, 500 x 375, in the page cache. All side
 as there are cores: `decoder`, Pillow alone: decoding, the same crops, resizing, and RandAugment where the study has
 it; no checksum, nothing kept or sent anywhere. `loader`, the views of `data/rendering.py`, checked, sent, joined,
 normalised and erased, as training reads them. `checksum` is the share of the loader's work that finds changed files.
+`evaluation` is `predict_all` on a device that takes as long for a batch as its images take to be decoded, which sleep
+stands for: with each batch begun while the one before it is computed, against one after another.
 """
 
 from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import measure
@@ -25,12 +28,13 @@ from attention_transfer.data import decoding, image_files, rendering, views, wor
 from attention_transfer.data.file_pixels import FilePixels
 from attention_transfer.data.image_files import Entry, Shape
 from attention_transfer.data.views import ViewRecipe
+from attention_transfer.evaluation.predictions import BATCH, predict_all
 from attention_transfer.training.machine import prepare
 from attention_transfer.training.prefetch import Prefetch
 
 SIDES, QUALITY = (500, 375), 90
 FORM = Shape(channels=3, resize=256, size=224)
-TARGET = 0.85
+TARGET, EVALUATION_TARGET = 0.85, 0.65
 POLICIES = {"crop and flip": None, "RandAugment": "rand-m9-mstd0.5-inc1"}
 
 
@@ -99,6 +103,19 @@ def load(render: rendering.Render, batches: np.ndarray) -> None:
                 loader.ask(number + 1)
 
 
+def evaluate(
+    clean: rendering.CleanImages, count: int, begin: Callable[[np.ndarray], None], seconds: float
+) -> None:
+    """Every image, by a device that takes so long for a full batch."""
+
+    def predict(rows: np.ndarray) -> torch.Tensor:
+        clean(rows)
+        time.sleep(seconds * len(rows) / BATCH)
+        return torch.zeros(len(rows), 1)
+
+    predict_all(predict, count, begin)
+
+
 def read_all(entries: list[Entry], *, checked: bool) -> None:
     """In this process alone."""
     for entry in entries:
@@ -142,6 +159,30 @@ def main() -> None:
                     "x",
                 )
             )
+        clean = rendering.clean_images(recipe, pixels, torch.device("cpu"))
+        rows = examples[:BATCH]
+        alone = measure.medians(
+            {"batch": lambda: clean(rows)}, repeats=repeats, warm_up=1, device=torch.device("cpu")
+        )
+        seconds = alone["batch"] * BATCH / len(rows)
+        times |= measure.medians(
+            {
+                "evaluation": functools.partial(evaluate, clean, count, clean.begin, seconds),
+                "evaluation in turn": functools.partial(evaluate, clean, count, lambda rows: None, seconds),
+            },
+            repeats=repeats,
+            warm_up=1,
+            device=torch.device("cpu"),
+        )
+        results.append(
+            measure.Result(
+                "decoding images: evaluation, batches begun ahead against one after another (cpu)",
+                times["evaluation"] / times["evaluation in turn"],
+                EVALUATION_TARGET,
+                "lower",
+                "x",
+            )
+        )
         spent = measure.medians(
             {
                 "read": functools.partial(read_all, entries, checked=False),

@@ -2,6 +2,7 @@
 
 from attention_transfer.stage import Stage, run_script, shared_out
 
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from attention_transfer import plan, processes
+from attention_transfer.ahead import announced
 from attention_transfer.assembly import CachedSet, Parts
 from attention_transfer.evaluation.predictions import BATCH
 from attention_transfer.files import sha256, write_sealed
@@ -64,8 +66,7 @@ def write(parts: Parts, name: str, which: CachedSet) -> dict[str, Any]:
     architecture = study.teachers[name].architecture
     layout = plan.cache_layout(architecture, study.data, study.attention)
     keys, teacher = parts.cache_keys(which), parts.teacher(name)
-    if which != "views":
-        clean = parts.clean(parts.evaluated(which)[0].images)
+    images = Views(parts, keys) if which == "views" else parts.clean(parts.evaluated(which)[0].images)
     folder = parts.layout.cache(name) / which
     layers = tuple(range(architecture.depth))
     take = teacher_maps if study.attention.content == "maps" else teacher_attention
@@ -76,17 +77,18 @@ def write(parts: Parts, name: str, which: CachedSet) -> dict[str, Any]:
     with CacheWriter(folder, layout=layout, recipe=recipe, keys=keys, bias=bias, helps=helps) as writer:
         missing = processes.told(writer.missing)
         writer.take(missing[processes.share(len(missing))])
-        bar = {"desc": f"cache {name} {which}", "unit": "shard", "mininterval": 5, "disable": helps}
-        for piece in tqdm(list(writer.pending()), **bar):
-            for start in range(piece.start, piece.stop, BATCH):
-                rows = np.arange(start, min(start + BATCH, piece.stop))
-                # Key rows run view by view: a batch may touch two views.
-                images = views(parts, keys[rows, 1], rows) if which == "views" else clean(rows)
-                with torch.autocast(
-                    parts.device.type, torch.bfloat16, enabled=study.training.precision == "bfloat16"
-                ):
-                    attention = take(teacher, images, layers)
-                writer.write(attention.cpu())
+        batches = [
+            np.arange(start, min(start + BATCH, shard.stop))
+            for shard in writer.pending()
+            for start in range(shard.start, shard.stop, BATCH)
+        ]
+        bar = {"desc": f"cache {name} {which}", "unit": "batch", "mininterval": 5, "disable": helps}
+        for rows in tqdm(announced(batches, images.begin), total=len(batches), **bar):
+            with torch.autocast(
+                parts.device.type, torch.bfloat16, enabled=study.training.precision == "bfloat16"
+            ):
+                attention = take(teacher, images(rows), layers)
+            writer.write(attention.cpu())
         for written in processes.collected(writer.written):
             writer.accept(written)
     if helps:
@@ -101,12 +103,24 @@ def blank(parts: Parts) -> torch.Tensor:
     return torch.zeros(1, data.channels, data.image_size, data.image_size, device=parts.device)
 
 
-def views(parts: Parts, numbers: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+@dataclass(frozen=True)
+class Views:
     """Views of the labelled images for rows of the cache, which run view by view: a batch may touch several."""
-    count = len(parts.labelled)
-    return torch.cat(
-        [parts.labelled.render(rows[numbers == view] % count, int(view)) for view in np.unique(numbers)]
-    )
+
+    parts: Parts
+    keys: np.ndarray
+
+    def __call__(self, rows: np.ndarray) -> torch.Tensor:
+        return torch.cat([self.parts.labelled.render(*one) for one in self._by_view(rows)])
+
+    def begin(self, rows: np.ndarray) -> None:
+        """Says that these will be asked for soon; of several views only the last, for more are not kept."""
+        self.parts.labelled.begin(*self._by_view(rows)[-1])
+
+    def _by_view(self, rows: np.ndarray) -> list[tuple[np.ndarray, int]]:
+        """Rows among the labelled images, and their view."""
+        numbers, count = self.keys[rows, 1], len(self.parts.labelled)
+        return [(rows[numbers == view] % count, int(view)) for view in np.unique(numbers)]
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def predictor(parts: Parts, name: str, seed: int) -> Callable[[str, ImageSet, np
                 given = source(batch, examples[rows], views.CLEAN) if source else None
                 return method.logits(student, batch, given)
 
-        return predictions.predict_all(rows_to_logits, len(images))
+        return predictions.predict_all(rows_to_logits, len(images), clean.begin)
 
     return predict
 

@@ -64,7 +64,7 @@ def features(parts: Parts, model: Any, images: ImageSet) -> Tensor:
             tokens: Tensor = model.forward_features(clean(rows))
         return tokens[:, model.num_prefix_tokens :].float().mean(dim=1)
 
-    return predict_all(pooled, len(images))
+    return predict_all(pooled, len(images), clean.begin)
 
 
 if __name__ == "__main__":

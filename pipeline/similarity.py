@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from attention_transfer.ahead import announced
 from attention_transfer.assembly import Parts
 from attention_transfer.config import Study
 from attention_transfer.data import views
@@ -176,7 +177,7 @@ def look(
     clean = parts.clean(parts.test.images)
     streams: list[Tensor] = []
     hooks = [block.register_forward_hook(lambda *call: streams.append(call[2])) for block in model.blocks]
-    for rows in np.array_split(np.arange(count), -(-count // BATCH)):
+    for rows in announced(np.array_split(np.arange(count), -(-count // BATCH)), clean.begin):
         streams.clear()
         with (
             torch.autocast(parts.device.type, torch.bfloat16, enabled=parts.bfloat16),

@@ -129,13 +129,15 @@ def test_every_example_is_predicted_once_in_order(
 ) -> None:
     monkeypatch.setattr(predictions, "BATCH", batch)
     asked: list[int] = []
+    begun: list[int] = []
 
     def predict(rows: np.ndarray) -> torch.Tensor:
         asked.extend(rows.tolist())
+        assert begun == list(range(min(count, len(asked) + batch))), "this batch and the next, no more"
         assert torch.is_inference_mode_enabled()
         return torch.from_numpy(np.stack([rows, rows**2], axis=1)).bfloat16()
 
-    found = predict_all(predict, count)
-    assert asked == list(range(count))
+    found = predict_all(predict, count, lambda rows: begun.extend(rows.tolist()))
+    assert asked == begun == list(range(count))
     assert found.dtype == torch.float32
     assert found.tolist() == [[row, row**2] for row in range(count)]

@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cluster": ("errors", "launching", "machine_file", "stop_signals"),
     "processes": (),
     "draws": (),
+    "ahead": (),
     "yaml_files": (),
     "lock_file": ("errors", "files", "yaml_files"),
     "graph_file": ("config", "errors", "lock_file", "yaml_files"),
@@ -81,7 +82,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *("errors", "files", "stop_signals", "transfer.method", "transfer.teacher_source"),
         *("draws", "machine_file", "processes"),
     ),
-    "evaluation": ("blocks", "errors", "files", "processes"),
+    "evaluation": ("ahead", "blocks", "errors", "files", "processes"),
     "evaluation.metrics": (),
     "evaluation.statistics": (),
     "reporting": (

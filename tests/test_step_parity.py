@@ -27,7 +27,7 @@ from attention_transfer.assembly import Parts
 from attention_transfer.config import Study
 from attention_transfer.data import mixing
 from attention_transfer.data.labelled import LabelledViews
-from attention_transfer.data.rendering import Render
+from attention_transfer.data.rendering import CleanImages, Render
 from attention_transfer.layout import Layout
 from attention_transfer.models import vit
 from attention_transfer.training.batches import order, paired
@@ -77,9 +77,9 @@ class InFloat64(Parts):
         plain = super().labelled
         return Targets(**{**vars(plain), "single": Doubled(plain.single)})
 
-    def clean(self, pixels: Any) -> Callable[[np.ndarray], Tensor]:
+    def clean(self, pixels: Any) -> CleanImages:
         plain = super().clean(pixels)
-        return lambda rows: plain(rows).double()
+        return CleanImages(Doubled(plain.render), plain.device)
 
     def teacher(self, name: str) -> vit.ViT:
         return super().teacher(name).double()

@@ -132,7 +132,7 @@ def accuracy(parts: Parts, method: Any, model: nn.Module, source: Any, exact: bo
         given = source(batch, examples[rows], -1) if method.teacher_at_inference else None
         return method.logits(model, batch, given)
 
-    logits = predict_all(predict, len(images))
+    logits = predict_all(predict, len(images), clean.begin)
     return float((logits.argmax(dim=1).numpy() == images.labels).mean())
 
 
@@ -254,7 +254,7 @@ def predicted(count: int) -> tuple[Tensor, list[int]]:
         asked.extend(rows.tolist())
         return torch.from_numpy(np.stack([rows, rows % BATCH], axis=1)).float()
 
-    return predict_all(predict, count), asked
+    return predict_all(predict, count, lambda rows: None), asked
 
 
 MIXED = {"views.mixup": 0.8, "views.cutmix": 1.0}

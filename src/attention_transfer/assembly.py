@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from attention_transfer.config import Architecture, Study
 from attention_transfer.data import images, mixing, rendering, shifted, splits, views
@@ -83,10 +81,9 @@ class Parts:
             device=self.device,
         )
 
-    def clean(self, pixels: np.ndarray | FilePixels) -> Callable[[np.ndarray], Tensor]:
+    def clean(self, pixels: np.ndarray | FilePixels) -> rendering.CleanImages:
         """Gives normalised images, without augmentation, by row."""
-        recipe = self.view_recipe(self.study.views)
-        return lambda rows: views.normalise(recipe, pixels[rows]).to(self.device)
+        return rendering.clean_images(self.view_recipe(self.study.views), pixels, self.device)
 
     def evaluated(self, name: str) -> tuple[images.ImageSet, np.ndarray]:
         """An image set to predict on, and its images' numbers: validation, test, or a shifted set."""

@@ -116,7 +116,7 @@ def validation(parts: Parts, name: str, method: Method) -> Score:
                 given = teacher(batch, examples[rows], views.CLEAN) if teacher else None
                 return method.logits(model, batch, given)
 
-        logits, expected = predict_all(predict, count).double(), labels[:count]
+        logits, expected = predict_all(predict, count, clean.begin).double(), labels[:count]
         accuracy = float((logits.argmax(dim=1) == expected).double().mean())
         return accuracy, float(nn.functional.cross_entropy(logits, expected))
 

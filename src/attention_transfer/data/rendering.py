@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from attention_transfer.data import views
 from attention_transfer.data.file_pixels import FilePixels
 from attention_transfer.data.image_files import Shape
-from attention_transfer.data.views import ViewRecipe
+from attention_transfer.data.views import CLEAN, ViewRecipe
 
 if TYPE_CHECKING:
     from attention_transfer.data.workers import Begun
@@ -23,10 +24,33 @@ class Render(Protocol):
     """Gives views of images by row."""
 
     def __call__(self, rows: np.ndarray, view: int) -> Tensor:
-        """Rows of a set of images and a view number to normalised views (batch, channels, size, size)."""
+        """Rows of a set of images and a view number, or CLEAN, to normalised views (batch, channels, size, size)."""
 
     def begin(self, rows: np.ndarray, view: int) -> None:
         """Says that these will be asked for soon; what they are does not depend on it."""
+
+
+@dataclass(frozen=True)
+class CleanImages:
+    """Gives normalised images, without augmentation, by row: (batch, channels, size, size)."""
+
+    render: Render
+    device: torch.device
+
+    def __call__(self, rows: np.ndarray) -> Tensor:
+        return self.render(rows, CLEAN).to(self.device)
+
+    def begin(self, rows: np.ndarray) -> None:
+        """Says that these will be asked for soon: those of files are decoded meanwhile."""
+        self.render.begin(rows, CLEAN)
+
+
+def clean_images(recipe: ViewRecipe, pixels: np.ndarray | FilePixels, device: torch.device) -> CleanImages:
+    """Gives the images themselves, normalised as the recipe's views are."""
+    numbers = np.arange(len(pixels))  # on which clean images do not depend
+    if isinstance(pixels, np.ndarray):
+        return CleanImages(_InMemory(recipe, pixels, numbers), device)
+    return CleanImages(_ByWorkers(recipe, pixels, numbers), device)
 
 
 def views_of(recipe: ViewRecipe, pixels: np.ndarray | FilePixels, examples: np.ndarray) -> Render:
@@ -67,7 +91,9 @@ class _ByWorkers:
         normalised = torch.empty(len(rows), *self.pixels.shape[1:])
         for part, drawn in begun.shares():
             views.normalise(self.recipe, drawn, into=normalised[part])
-        return views.erase(self.recipe, normalised, self.examples[rows], view)
+        return (
+            normalised if view == CLEAN else views.erase(self.recipe, normalised, self.examples[rows], view)
+        )
 
     def begin(self, rows: np.ndarray, view: int) -> None:
         """Has the processes work on them while this one is at something else; the oldest of too many are dropped."""

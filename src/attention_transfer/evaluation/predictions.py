@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attention_transfer import processes
+from attention_transfer.ahead import announced
 from attention_transfer.errors import StudyError, repro
 from attention_transfer.files import atomic
 
@@ -59,13 +60,18 @@ class Predictions:
 
 
 @torch.inference_mode()
-def predict_all(predict: Predict, count: int) -> Tensor:
+def predict_all(predict: Predict, count: int, begin: Callable[[np.ndarray], None]) -> Tensor:
     """Logits of all rows of a set, every one once: float32 (count, classes), on the CPU.
 
     Several processes share out whole batches, so that each batch is computed as by one process, and all have them all.
+
+    Args:
+        begin: told the rows of each batch before the one in front of it is computed: images in files are decoded
+            meanwhile.
     """
     batches = [np.arange(start, min(start + BATCH, count)) for start in range(0, count, BATCH)]
-    parts = [predict(rows).float().cpu() for rows in batches[processes.share(len(batches))]]
+    mine = batches[processes.share(len(batches))]
+    parts = [predict(rows).float().cpu() for rows in announced(mine, begin)]
     sizes = [
         sum(map(len, batches[processes.share_of(len(batches), process, processes.count())]))
         for process in range(processes.count())
