@@ -55,6 +55,7 @@ def examine(params: Path) -> dict[str, Any]:
             f"evaluation.published: {', '.join(late)}: not there when the shifts were made, and now it is. What to do: "
             f"dvc repro -f {graph}:shifts, then run the study"
         )
+    notes += _other_counts(study)
     return {
         "study": study.name,
         "runs": len(study.runs),
@@ -70,3 +71,25 @@ def examine(params: Path) -> dict[str, Any]:
             name: {"runs": len(each.runs), "seeds": len(each.seeds)} for name, each in experiments.items()
         },
     }
+
+
+def _other_counts(study: config.Study) -> list[str]:
+    """Teachers whose folder or tar of images, which DVC does not look at, has grown or shrunk since they were made."""
+    layout, notes = Layout.of(study), []
+    for name, teacher in study.teachers.items():
+        record = layout.record("pretrain", name) / "metrics.json"
+        if not isinstance(teacher, config.Pretrained) or teacher.images in config.PRETRAINING_IMAGES:
+            continue
+        if not (record.exists() and Path(teacher.images).exists()):
+            continue  # it is still to be made, which names a folder that is not there; or it is made and needs none
+        from attention_transfer.data.pretraining_images import count_in_files
+
+        then = json.loads(record.read_text(encoding="utf-8"))["images"]
+        if (now := count_in_files(Path(teacher.images))) != then:
+            graph = lock_file.path(layout.base).with_name("dvc.yaml")
+            notes.append(
+                f"teachers.{name}.images: {teacher.images} holds {now:,} images, {then:,} when the teacher was "
+                f"pre-trained. What to do, if they are to count: dvc repro -f -s {graph}:pretrain@{name}, then run "
+                "the study"
+            )
+    return notes
