@@ -157,7 +157,7 @@ def main() -> None:
     base = {"size": 112, "depth": 12, "batch": 32, "steps": 10}
     if options.quick:
         base = {"size": 32, "depth": 2, "batch": 4, "steps": 1}
-    results = speed_ups(base, turns=1 if options.quick else 5)
+    results = speed_ups(base, turns=1 if options.quick else 3)
     results += memory(base, (4,) if options.quick else BATCHES)
     measure.write(results, options)
 

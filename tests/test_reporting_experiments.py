@@ -87,6 +87,21 @@ def test_one_seed_resolves_nothing_and_none_is_said() -> None:
     assert untested == {"x/y": "the study has no run a, b"}
 
 
+@pytest.mark.parametrize("rule", ["above", "below", "not below", "equal"])
+def test_runs_that_are_one_kind_of_student_tell_nothing_about_a_direction(rule: contrasts.Rule) -> None:
+    """As copying students with and without a norm of queries and keys, which they do not have."""
+    same = {0: 0.8, 1: 0.7, 2: 0.9}
+    found, untested = judge([of(rule)], {"a": same, "b": same}.__getitem__, margin=MARGIN, confidence=0.95)
+    if rule in ("above", "below"):
+        assert found == []
+        assert untested == {
+            "x/y": "its runs have the same accuracy with each seed, as students that are the same have"
+        }
+    else:
+        assert [each.verdict for _, each in found] == ["supported"]
+        assert untested == {}
+
+
 def test_a_slope_is_that_of_least_squares() -> None:
     generator = np.random.default_rng(1)
     values = generator.normal(size=6)
