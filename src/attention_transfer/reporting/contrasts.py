@@ -131,9 +131,7 @@ def judge(
             seed: sum(weight * found[run][seed] for run, weight in contrast.weights.items()) for seed in seeds
         }
         if contrast.rule in ("above", "below") and len(seeds) > 1 and not any(effects.values()):
-            untested[contrast.id] = (
-                "its runs have the same accuracy with each seed, as students that are the same have"
-            )
+            untested[contrast.id] = "its runs have the same accuracy with every seed"
             continue
         judged.append((contrast, judged_by(contrast.rule, effects, margin=margin, confidence=confidence)))
     return judged, untested
