@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
-from kill import GRAPH, PARAMS, Study
+from copies import GRAPH, PARAMS, Study
 
 
 @dataclass(frozen=True)

@@ -16,34 +16,24 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import random
 import re
-import shutil
 import signal
-import subprocess
 import sys
-import threading
 import time
-import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
-import yaml
+from copies import GRAPH, Study, contents, differing, left_behind
+from running import PATIENCE, Run
 
-ROOT = Path(__file__).parents[1]
-GRAPH, PARAMS = "studies/smoke/dvc.yaml", "presets/smoke.yaml"
 FAMILIES = (
     *("data", "split", "pretrain", "probe", "finetuned", "cache", "resolve"),
     *("train", "shifts", "predict", "maps", "similarity", "evaluate", "report"),
 )
-MARK = "ATTENTION_TRANSFER_FAULTS"  # in the environment of every process of one start
-PATIENCE = 60.0  # seconds that a killed run may take to end
 USUAL = 5.0  # seconds of a stage that the undisturbed run found done
-TEMPORARY = (".ckpt", "runs", "metrics", "reports")
 TARGETS = ("dvc", "stage", "group")
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
@@ -59,167 +49,6 @@ class Kill:
     seconds: float
 
 
-class Study:
-    """A clone in which the smoke study runs, or with `small` a part of it."""
-
-    def __init__(self, folder: Path, *, small: bool = False) -> None:
-        self.folder = folder
-        if not folder.exists():
-            subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
-            changed = ["git", "ls-files", "--modified", "--others", "--exclude-standard"]
-            listed = subprocess.run(changed, cwd=ROOT, check=True, capture_output=True, text=True)
-            for name in filter(lambda name: (ROOT / name).exists(), listed.stdout.splitlines()):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(ROOT / name, folder / name)
-        if small:
-            # Each DVC would read the graphs, and each `sync` bring in the records: for seconds, and for a minute.
-            graphs = (f"studies/{name}" for name in ("full", "imagenet1k", "tune"))
-            for large in (*graphs, *(f"metrics/{name}" for name in ("core", "full", "tune"))):
-                shutil.rmtree(folder / large, ignore_errors=True)
-            params = yaml.safe_load((folder / PARAMS).read_text())
-            params["runs"] = {name: params["runs"][name] for name in ("scratch", "distill")}
-            params["evaluation"] |= {"sets": ["validation", "test"]}
-            params["teachers"]["mae"] |= {"images": "digits", "epochs": 10}
-            params |= {"seeds": [0], "ensembles": {}, "report": None}
-            (folder / PARAMS).write_text(yaml.safe_dump(params, sort_keys=False))
-
-    def environment(self, mark: str) -> dict[str, str]:
-        # Debian's sh stays between DVC and the stage, unless the command in dvc.yaml sees to it.
-        return {**os.environ, "PYTHONPATH": str(self.folder / "src"), "SHELL": "/bin/sh", MARK: mark}
-
-    def start(self, jobs: int = 0) -> Run:
-        """As `make study` does: a look at params.yaml and at what a kill has left, then DVC, or several with jobs."""
-        self.check()
-        return Run(self, jobs)
-
-    def check(self) -> None:
-        subprocess.run(
-            [sys.executable, "-m", "attention_transfer", "check", "--params", PARAMS],
-            cwd=self.folder,
-            env=self.environment(""),
-            stdout=subprocess.DEVNULL,
-            check=True,
-        )
-
-    def begin(self, *command: str, mark: str = "", session: bool = False) -> subprocess.Popen[str]:
-        """Starts a command in the clone, whose output can be read from `stdout`."""
-        return subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=self.environment(mark),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=session,
-        )
-
-    def temporaries(self) -> set[Path]:
-        """Unfinished files."""
-        return {path for root in TEMPORARY for path in (self.folder / root).rglob(".tmp-*")}
-
-
-class Run:
-    """One `dvc repro` in a session of its own, or with jobs what starts several."""
-
-    def __init__(self, study: Study, jobs: int = 0) -> None:
-        self.study, self.mark = study, uuid.uuid4().hex
-        self.output: list[str] = []
-        self.stage, self.since = "", time.monotonic()  # the stage that runs, and since when
-        self.locking = threading.Event()  # set while DVC writes its lock file
-        self.changed = threading.Condition()
-        several = (
-            sys.executable,
-            "-m",
-            "attention_transfer",
-            "run",
-            "--params",
-            PARAMS,
-            "--jobs",
-            str(jobs),
-        )
-        command = several if jobs else ("dvc", "repro", GRAPH)
-        self.process = study.begin(*command, mark=self.mark, session=True)
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.output.append(line)
-            with self.changed:
-                if found := re.search(r"Running stage '[^:]*:([^']*)'", line):
-                    self.stage, self.since = found[1], time.monotonic()
-                    self.locking.clear()
-                elif line.startswith("Updating lock file"):
-                    self.locking.set()
-                self.changed.notify_all()
-        with self.changed:
-            self.changed.notify_all()
-
-    def completed(self) -> Counter[str]:
-        """The stages that ended well and are in DVC's lock file, as far as is known now."""
-        found = re.findall(r"Running stage '[^:]*:([^']*)'", "".join(self.output))
-        return Counter(found if self.process.returncode == 0 else found[:-1])
-
-    def skipped(self) -> set[str]:
-        """The stages that DVC took for made."""
-        return set(re.findall(r"Stage '[^:]*:([^']*)' didn't change, skipping", "".join(self.output)))
-
-    def stages(self) -> Iterator[str]:
-        """Each stage as it begins, until the run ends."""
-        seen = ""
-        while self.reader.is_alive() or self.stage != seen:
-            with self.changed:
-                if self.stage == seen:
-                    self.changed.wait(timeout=0.5)
-                now = self.stage
-            if now != seen:
-                yield (seen := now)
-
-    def processes(self) -> list[psutil.Process]:
-        """Every living process of this start, whatever its parent now is."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == self.mark:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
-
-    def strike(self, target: str, number: signal.Signals) -> bool:
-        """Sends the signal; False if what it was for had ended by itself."""
-        try:
-            match target:
-                case "dvc":
-                    os.kill(self.process.pid, number)
-                case "group":
-                    os.killpg(self.process.pid, number)
-                case "stage":
-                    children = psutil.Process(self.process.pid).children(recursive=True)
-                    scripts = [child for child in children if "pipeline/" in " ".join(child.cmdline())]
-                    if not scripts:
-                        return False
-                    scripts[-1].send_signal(number)
-        except (ProcessLookupError, psutil.Error):
-            return False
-        return True
-
-    def end(self) -> int:
-        """Waits for the end of all of it: DVC's exit code.
-
-        Raises:
-            AssertionError: a process is left over.
-        """
-        code = self.process.wait(PATIENCE)
-        self.reader.join(PATIENCE)
-        until = time.monotonic() + PATIENCE
-        while left := self.processes():
-            assert time.monotonic() < until, f"left over: {[process.cmdline() for process in left]}"
-            time.sleep(0.05)
-        return code
-
-
 def harried(study: Study, count: int, jobs: int, seconds: float, seed: int) -> list[Kill]:
     """Strikes the study at random moments, so many times, and lets it end; all parts of it have their turn.
 
@@ -228,7 +57,7 @@ def harried(study: Study, count: int, jobs: int, seconds: float, seed: int) -> l
     """
     chance, kills = random.Random(seed), list[Kill]()
     while True:
-        run = study.start(jobs)
+        run = Run(study, jobs)
         until = run.since + chance.uniform(0.02, 0.25) * seconds
         number, target = chance.choice(SIGNALS), chance.choice(TARGETS)
         more, struck = len(kills) < count, False
@@ -253,7 +82,7 @@ def harried(study: Study, count: int, jobs: int, seconds: float, seed: int) -> l
 def undisturbed(study: Study, jobs: int = 0) -> dict[str, float]:
     """Runs the study through: seconds of a stage, by family."""
     print("undisturbed run", flush=True)
-    run, began = study.start(jobs), {}
+    run, began = Run(study, jobs), {}
     for stage in run.stages():
         began[stage] = time.monotonic()
     assert run.end() == 0, "".join(run.output[-20:])
@@ -276,7 +105,7 @@ def disturbed(
     kill: Kill | None = None
     while True:
         before, kill = kill, None
-        run = study.start()
+        run = Run(study)
         for stage in run.stages():
             family = stage.partition("@")[0]
             if done[family] < shares.get(family, 0):
@@ -343,66 +172,6 @@ def forget(study: Study, family: str) -> None:
     first = next(i for i, line in enumerate(lines) if re.fullmatch(rf"  {family}(@.*)?:\n", line))
     last = next((i for i in range(first + 1, len(lines)) if re.match(r"  \S|\S", lines[i])), len(lines))
     (study.folder / GRAPH).with_name("dvc.lock").write_text("".join(lines[:first] + lines[last:]))
-
-
-def contents(study: Study) -> dict[str, bytes]:
-    """All results; run.json and the report hold times and revisions."""
-    found = {}
-    for root in ("runs/smoke", "metrics/smoke", "reports/smoke/tables"):
-        for path in sorted((study.folder / root).rglob("*")):
-            if path.is_file() and path.name != "run.json":
-                found[str(path.relative_to(study.folder))] = path.read_bytes()
-    return found
-
-
-def differing(first: Study, second: Study) -> list[str]:
-    """Results that are not equal to the bit, or not in both."""
-    a, b = contents(first), contents(second)
-    # The report's tables of times and costs are those of the runs' own records.
-    timed = ("time.csv", "time.md", "cost.csv", "cost.md")
-    return sorted(
-        name for name in a.keys() | b.keys() if a.get(name) != b.get(name) and not name.endswith(timed)
-    )
-
-
-def left_behind(study: Study, completed: Counter[str]) -> list[str]:
-    """Temporary files, checkpoints, and MLflow's runs that are RUNNING or more than were completed."""
-    study.check()  # as the next start does
-    found = [f"temporary file {path}" for path in study.temporaries()]
-    found += [f"checkpoint {path}" for path in (study.folder / ".ckpt").glob("*/*/")]
-    for _ in range(2):
-        subprocess.run(
-            [sys.executable, "-m", "attention_transfer", "sync"],
-            cwd=study.folder,
-            env=study.environment(""),
-            stdout=subprocess.DEVNULL,
-            check=True,
-        )
-    told = subprocess.run(
-        [sys.executable, "-c", RUNS],
-        cwd=study.folder,
-        env=study.environment(""),
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    runs = json.loads(told.stdout.splitlines()[-1])
-    found += [f"run {stage} is RUNNING" for stage, status in runs if status == "RUNNING"]
-    shown = Counter(stage for stage, status in runs if status == "FINISHED" and stage)
-    # A stage that was through when it was killed may never be seen again: it counts once.
-    many = {stage: count for stage, count in shown.items() if count > max(completed[stage], 1)}
-    return found + [f"{count} runs of {stage}" for stage, count in many.items()]
-
-
-RUNS = """
-import json
-from pathlib import Path
-from attention_transfer.tracking.database import connect
-runs = connect(Path()).search("tags.kind = 'stage'")
-runs = [run for run in runs if run.data.tags["study"] == "smoke"]
-stages = [run.data.tags.get("dvc.stage", "").rpartition(":")[2] for run in runs]
-print(json.dumps([[stage, run.info.status] for stage, run in zip(stages, runs)]))
-"""
 
 
 def main() -> None:

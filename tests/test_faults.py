@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "faults"))
 
-import kill  # noqa: E402
+import copies  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -44,7 +44,7 @@ def driven(
     The killed stages start as a user's do; the others need not, nor does the undisturbed run, which is found done.
     """
     folder = tmp_path_factory.mktemp("faults")
-    assert right_or_refused(start(kill.Study(folder / "undisturbed", small=True), kill.GRAPH)) == [True]
+    assert right_or_refused(start(copies.Study(folder / "undisturbed", small=True), copies.GRAPH)) == [True]
     command = [sys.executable, "faults/kill.py", folder, "--kills", "4", "--small", "--seed", "1"]
     ended = subprocess.run(
         [*command, "--stages", KILLED],
@@ -77,11 +77,11 @@ def right_or_refused(*started: subprocess.Popen[str]) -> list[bool]:
 
 def test_two_dvc_repro_in_one_checkout(driven: Path, start: Callable[..., subprocess.Popen[str]]) -> None:
     """Started at the same moment on a study of which nothing is there yet."""
-    study = kill.Study(driven / "shared", small=True)
-    right_or_refused(*(start(study, kill.GRAPH) for _ in range(2)))
-    assert right_or_refused(start(study, kill.GRAPH)) == [True]
-    assert kill.differing(kill.Study(driven / "undisturbed"), study) == []
-    assert "didn't change" in start(study, kill.GRAPH).communicate()[0]
+    study = copies.Study(driven / "shared", small=True)
+    right_or_refused(*(start(study, copies.GRAPH) for _ in range(2)))
+    assert right_or_refused(start(study, copies.GRAPH)) == [True]
+    assert copies.differing(copies.Study(driven / "undisturbed"), study) == []
+    assert "didn't change" in start(study, copies.GRAPH).communicate()[0]
     assert study.temporaries() == set()
 
 
@@ -89,12 +89,12 @@ def test_stages_side_by_side_and_a_report_beside_a_training(
     driven: Path, start: Callable[..., subprocess.Popen[str]]
 ) -> None:
     """Forced to run again, with the same results: two trainings, and what reads their records."""
-    study = kill.Study(driven / "undisturbed")
-    before = kill.contents(study)
+    study = copies.Study(driven / "undisturbed")
+    before = copies.contents(study)
     stages = ("train@scratch-0", "train@distill-0", "evaluate", "report")
     ended = right_or_refused(
-        *(start(study, "--force", "--single-item", f"{kill.GRAPH}:{stage}") for stage in stages)
+        *(start(study, "--force", "--single-item", f"{copies.GRAPH}:{stage}") for stage in stages)
     )
     assert any(ended)
-    assert right_or_refused(start(study, kill.GRAPH)) == [True]
-    assert kill.contents(study) == before
+    assert right_or_refused(start(study, copies.GRAPH)) == [True]
+    assert copies.contents(study) == before
