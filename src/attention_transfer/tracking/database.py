@@ -27,6 +27,8 @@ ENVIRONMENT = {
     # By default a dead server is asked for many minutes. Two tries of 3 s keep a stage's wait under 10 s.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "3",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    # A server would start eight more processes of 250 MB each, for jobs that no study has.
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
 }
 """What is set before mlflow is imported, where the user has not set it."""
 
