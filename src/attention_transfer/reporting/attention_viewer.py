@@ -65,7 +65,9 @@ def _panel(name: str) -> Chart:
     # Teacher and student share the scale that the script sets: their colours can be compared.
     most = alt.param(name="most", value=100)
     if name == "difference":
-        scale = alt.Scale(scheme="purpleorange", domainMid=0, reverse=True)
+        # As far as the other two go: a difference that is small beside them looks small.
+        ends = {"domainMin": alt.ExprRef("-most"), "domainMax": alt.ExprRef("most")}
+        scale = alt.Scale(scheme="purpleorange", domainMid=0, reverse=True, **ends)
         title = "difference, %"
     else:
         scale = alt.Scale(scheme="inferno", domainMin=0, domainMax=alt.ExprRef("most"))
