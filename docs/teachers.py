@@ -71,7 +71,8 @@ study. `architecture.timm` names the entry of timm that builds the model, with w
 details and all else that no other key says. A student of the same architecture, the default, is *matched*: randomly
 initialised, with all of the family's components. A *plain* student has, in its run, an `architecture` without `timm`
 and components; where the teacher has no class token, with `class_token: false`. All students have mean pool of patch
-tokens, LayerNorm and linear head.
+tokens, LayerNorm and linear head. A student that copies maps has neither queries nor keys of its own: a norm of
+them (`qk_norm`) is nothing to it, and the plain and the matched one are the same to the bit.
 
 The weights are fitted when the stage `pretrain` obtains the teacher, and its record says how: positions are resampled
 by timm to the study's patches; the mean and deviation that the teacher's images had are folded, against the study's,
