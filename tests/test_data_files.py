@@ -255,20 +255,27 @@ def test_a_view_depends_on_image_and_number_alone(
     assert torch.equal(render(np.arange(10), 7), together)
 
 
-def test_images_themselves_are_the_decoded_ones_normalised(folder: Path, two_workers: None) -> None:
+def test_images_themselves_are_the_decoded_ones_normalised(
+    folder: Path, two_workers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of files and of an array, begun ahead or not; a recipe's cropping, policy and erasing do not touch them."""
     the = recipe(Params(rand_augment=POLICY, erase=1.0), 3)
     pixels = read(folder, channels=3)["train"].images
     assert isinstance(pixels, FilePixels)
     expected = views.normalise(the, pixels[:])
-    for shown in (pixels, pixels[:]):
+    both, started, begin = (pixels, pixels[:]), [], workers.begin
+    monkeypatch.setattr(workers, "begin", lambda *work: started.append(work) or begin(*work))
+    for shown in both:
         clean = rendering.clean_images(the, shown, torch.device("cpu"))
         rows = np.array([4, 0, 9])
         assert torch.equal(clean(rows), expected[rows])
         clean.begin(rows)
         clean.begin(np.array([1, 2]))
+        # Processes are at files already, and are not asked again; arrays need none.
+        assert len(started) == 3
         assert torch.equal(clean(rows), expected[rows])
         assert torch.equal(clean(np.array([1, 2])), expected[[1, 2]])
+        assert len(started) == 3
 
 
 def test_the_largest_magnitude_of_every_operation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from attention_transfer.config import Architecture, Pretrained, Study
 from attention_transfer.data import views
 from attention_transfer.data.labelled import LabelledViews
 from attention_transfer.data.mixing import Mixing
-from attention_transfer.data.rendering import views_of
+from attention_transfer.data.rendering import clean_images, views_of
 from attention_transfer.models import pretraining, students, vit
 from attention_transfer.training.pretraining_task import PretrainingTask
 from attention_transfer.training.student_task import StudentTask
@@ -37,6 +37,7 @@ class Subject:
         shape = (images, study.data.channels, study.data.image_size, study.data.image_size)
         self.images = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
         self.recipe = self._view_recipe(study.views)
+        self.clean = clean_images(self.recipe, self.images, device)
         numbers, size = np.arange(images), study.data.image_size
         self.labelled = LabelledViews(
             single=views_of(self.recipe, self.images, numbers),
@@ -46,10 +47,6 @@ class Subject:
             classes=CLASSES,
             device=device,
         )
-
-    def clean(self, rows: np.ndarray) -> Tensor:
-        """The images themselves, normalised."""
-        return views.normalise(self.recipe, self.images[rows]).to(self.device)
 
     def teacher(self, name: str) -> nn.Module:
         """A frozen network of a teacher's architecture."""
